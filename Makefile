@@ -1,0 +1,52 @@
+# make train — set up and train the default model; make test — set up and test everything; make slow — the tests of minutes.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+PRESET ?= shapes
+RUN ?= runs/$(shell date +%Y%m%d-%H%M%S)-$(PRESET)
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help install train test slow bench readme clean
+
+help:
+	@echo "make train    set up, train the default model (PRESET=$(PRESET)), leave an executed notebook as its report"
+	@echo "make test     set up, then notebooks, tests, ruff, mypy, export in sync, notebooks clean"
+	@echo "make slow     tests that take minutes"
+	@echo "make bench    side-by-side benchmarks"
+	@echo "make readme   README.md from nbs/index.ipynb"
+
+install: $(STAMP)
+
+$(STAMP): settings.ini setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "difflit needs Python 3.11 or newer: make PYTHON=python3.11 …")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,digits]'
+	@if git rev-parse --git-dir >/dev/null 2>&1; then $(BIN)/nbdev_install_hooks >/dev/null; fi
+	@touch $(STAMP)
+
+train: $(STAMP)
+	@mkdir -p $(RUN)
+	$(BIN)/papermill --log-output --no-progress-bar nbs/train.ipynb $(RUN)/report.ipynb -p preset $(PRESET) -p run_dir $(RUN) >$(RUN)/papermill.log 2>&1 \
+	  || { tail -n 20 $(RUN)/papermill.log; echo "The run failed; the report so far is $(RUN)/report.ipynb"; exit 1; }
+	@$(BIN)/difflit runs --one $(RUN)
+	@echo "Report:  $(RUN)/report.ipynb"
+	@echo "Open it: $(BIN)/jupyter lab $(RUN)/report.ipynb"
+
+test: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/nbdev_test --n_workers 2
+	$(BIN)/python -m pytest tests
+
+slow: $(STAMP)
+	$(BIN)/nbdev_test --n_workers 1 --flags slow
+	$(BIN)/python -m pytest tests -m slow
+
+bench: $(STAMP)
+	$(BIN)/python tests/bench/train_step.py
+
+readme: $(STAMP)
+	$(BIN)/python tests/build_readme.py
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,103 @@
+"""The run notebook under papermill, as a user starts it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, TINY
+from test_data import messy  # noqa: F401, a fixture
+
+NOTEBOOK = ROOT / "nbs" / "train.ipynb"
+
+
+def papermill(tmp_path, *words, **settings):
+    """Run the notebook; the completed process, the run directory and the report."""
+    run = tmp_path / "run"
+    words = [*words, *(w for k, v in {**TINY, "run_dir": run, **settings}.items() for w in ("-p", k, str(v)))]
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(NOTEBOOK), str(tmp_path / "out.ipynb"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    return done, run, tmp_path / "out.ipynb"
+
+
+def status(run):
+    return json.loads((run / "status.json").read_text())
+
+
+def test_default_leaves_a_report(tmp_path):
+    done, run, report = papermill(tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert status(run)["state"] == "done" and status(run)["step"] == 4
+    expected = {"settings.yaml", "environment.json", "metrics.csv", "scores.json", "samples", "checkpoints", "tensorboard", "logs"}
+    assert expected <= {p.name for p in run.iterdir()}
+    scores = json.loads((run / "scores.json").read_text())
+    assert {"alignment.colour", "alignment.shape", "alignment.background"} <= set(scores)
+    cells = json.loads(report.read_text())["cells"]
+    assert report.stat().st_size < 3_000_000
+    outputs = [o for c in cells for o in c.get("outputs", [])]
+    assert not [o for o in outputs if o["output_type"] == "error"]
+    for output in outputs:
+        text = "".join(output.get("text", "")) or "".join(output.get("data", {}).get("text/plain", ""))
+        assert text.count("\n") < 40, text
+    training = next(c for c in cells if "train_job(job)" in "".join(c["source"]))
+    kinds = [o["output_type"] for o in training["outputs"]]
+    assert kinds == ["display_data", "display_data"], "one line of progress and one figure, nothing else"
+    assert "4/4" in "".join(training["outputs"][0]["data"]["text/plain"])
+
+
+def test_unknown_name_fails_by_name(tmp_path):
+    done, run, _ = papermill(tmp_path, "-p", "stepz", "4")
+    assert done.returncode != 0
+    assert "did you mean 'steps'" in done.stderr
+    assert status(run)["state"] == "failed" and "did you mean 'steps'" in status(run)["reason"]
+
+
+WRONG = [("lr", "abc", "lr='abc'"), ("preset", "shaeps", "did you mean 'shapes'"), ("data", "no/such/folder", "no/such/folder")]
+
+
+@pytest.mark.parametrize("name, value, said", WRONG)
+def test_wrong_values_fail_clearly(tmp_path, name, value, said):
+    done, run, _ = papermill(tmp_path, **{name: value})
+    assert done.returncode != 0 and status(run)["state"] == "failed"
+    assert said in status(run)["reason"], status(run)["reason"]
+
+
+def test_yaml_spellings(tmp_path):
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("lr: 1e-4\nflip: 'false'\nbatch_size: 8.0\n")
+    done, run, _ = papermill(tmp_path, "-f", str(settings), score_images=0)
+    assert done.returncode == 0, done.stderr[-3000:]
+    text = (run / "settings.yaml").read_text()
+    assert "lr: 0.0001" in text and "flip: false" in text and "batch_size: 8\n" in text
+
+
+def test_occupied_directory_is_refused_and_resume_goes_on(tmp_path):
+    done, run, _ = papermill(tmp_path, score_images=0)
+    assert done.returncode == 0, done.stderr[-3000:]
+    before = (run / "status.json").read_bytes()
+    done, _, _ = papermill(tmp_path, score_images=0)
+    assert done.returncode != 0 and "already holds a run" in done.stderr and "resume=auto" in done.stderr
+    assert (run / "status.json").read_bytes() == before
+    done, _, _ = papermill(tmp_path, resume="auto", steps=6, score_images=0)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert status(run)["step"] == 6
+    steps = [line.split(",")[0] for line in (run / "metrics.csv").read_text().splitlines()[1:]]
+    assert steps == ["1", "2", "3", "4", "5", "6"]
+
+
+def test_a_messy_folder_trains_and_the_report_says_what_was_skipped(tmp_path, messy):
+    done, run, report = papermill(tmp_path, preset="folder", data=messy, batch_size=4)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert status(run)["state"] == "done" and json.loads((run / "scores.json").read_text()) == {}
+    text = report.read_text()
+    for name in ("cut.jpg", "fake.png", "silent.png", "utf16.png"):
+        assert name in text, f"{name} was skipped without a word"
+    assert "files were skipped" in text
+
+
+def test_an_empty_folder_is_an_error(tmp_path):
+    (tmp_path / "nothing").mkdir()
+    done, run, _ = papermill(tmp_path, preset="folder", data=tmp_path / "nothing")
+    assert done.returncode != 0 and status(run)["state"] == "failed"
+    assert "nothing" in status(run)["reason"]
