@@ -178,7 +178,7 @@ def presets_command() -> None:
         text = " ".join((function.__doc__ or "").split())
         typer.echo(f"{name:8} {text}")
 
-# %% ../nbs/80_cli.ipynb #31b75f2e
+# %% ../nbs/80_cli.ipynb #bafa6d25
 def main() -> None:
     "The `difflit` command."
     try:
@@ -189,3 +189,7 @@ def main() -> None:
             raise
         print(f"difflit: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+if __name__ == "__main__" and sys.argv[0].endswith("cli.py"):  # python -m difflit.cli
+    main()

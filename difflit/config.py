@@ -168,13 +168,13 @@ def _has_gpu() -> bool:
 
     return torch.cuda.is_available()
 
-# %% ../nbs/00_config.ipynb #6f37ffd3
+# %% ../nbs/00_config.ipynb #3d9767fa
 @preset
 def shapes() -> dict:
     """Drawn scenes with compositional captions, 32 px: the default.
 
     `papermill nbs/train.ipynb out.ipynb`; 2 CPU cores: about 5 minutes; colour and background of held-out captions ≥ 0.97, shape ≥ 0.85."""
-    return dict(data="shapes", steps=1000)
+    return dict(data="shapes", steps=1800, batch_size=32, ema_decay=0.995, context=16)
 
 
 @preset
@@ -182,7 +182,7 @@ def digits() -> dict:
     """scikit-learn's 1,797 scanned digits with captions, 16 px.
 
     `papermill nbs/train.ipynb out.ipynb -p preset digits`; 2 CPU cores: about 2 minutes; a classifier agrees with ≥ 90 % of the prompts."""
-    return dict(data="digits", steps=600, image_size=16, channels=32, score_images=200)
+    return dict(data="digits", steps=1000, image_size=16, batch_size=32, context=16, score_images=200)
 
 
 @preset
@@ -191,7 +191,7 @@ def emoji() -> dict:
 
     `papermill nbs/train.ipynb out.ipynb -p preset emoji`; 2 CPU cores: about 4 minutes; ≥ 95 % of the images nearest to their own glyph."""
     gpu = _has_gpu()
-    return dict(data="emoji", limit=None if gpu else 64, steps=20_000 if gpu else 800, score_images=128)
+    return dict(data="emoji", limit=None if gpu else 64, steps=20_000 if gpu else 1000, batch_size=32, ema_decay=0.995, context=16, score_images=128)
 
 
 @preset

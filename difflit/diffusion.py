@@ -238,7 +238,7 @@ def separate(
         return (a * x - s * output) / norm, (s * x + a * output) / norm
     return (x - s * output) / (a + s), (x + a * output) / (a + s)
 
-# %% ../nbs/40_diffusion.ipynb #acd68d66
+# %% ../nbs/40_diffusion.ipynb #b7e1e8db
 def _even_grid(n:int, device:torch.device|str|None) -> Tensor: # float64 [n]
     "The middles of `n` equal cells of 0…1, in an order of which every prefix is spread out"
     if n < 1:
@@ -246,7 +246,7 @@ def _even_grid(n:int, device:torch.device|str|None) -> Tensor: # float64 [n]
     stride = next(k for k in range(max(1, round(n * 0.618)), 2 * n + 1) if math.gcd(k, n) == 1)
     return ((torch.arange(n, device=device) * stride) % n).double().add(0.5) / n
 
-
+# %% ../nbs/40_diffusion.ipynb #186a2f0e
 @dataclass(frozen=True)
 class Diffusion(Schedule):
     "A schedule, what the network predicts, and which times it is trained on. Raises `ValueError` for settings that do not fit together."

@@ -53,7 +53,7 @@ def flops_per_image(
     model.train(was_training)
     return int(counter.get_total_flops())
 
-# %% ../nbs/35_models.ipynb #45f10ed8
+# %% ../nbs/35_models.ipynb #6a3f3577
 FAMILIES: dict[str, tuple[type, Callable[[Any], nn.Module]]] = {}
 
 
@@ -69,6 +69,11 @@ def family(
 family("glide", GlideConfig, Glide)
 
 
+def _as_plain(value: Any) -> Any:
+    "A dataclass as a dict, anything else as it is."
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+
+
 def model_card(
     model: nn.Module,  # with a `.config` of a registered family
     **entries: Any,  # what else belongs with the weights: diffusion, image_size, …
@@ -77,8 +82,7 @@ def model_card(
     config: Any = getattr(model, "config", None)
     for name, (kind, _) in FAMILIES.items():
         if isinstance(config, kind):
-            plain = {k: asdict(v) if is_dataclass(v) else v for k, v in entries.items()}  # type: ignore[arg-type, call-overload]
-            return json.dumps({"family": name, "config": asdict(config), **plain}, indent=1)
+            return json.dumps({"family": name, "config": _as_plain(config), **{k: _as_plain(v) for k, v in entries.items()}}, indent=1)
     raise ValueError(f"{type(model).__name__} has no .config of a registered family ({', '.join(FAMILIES)}); register one with `family`")
 
 

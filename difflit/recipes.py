@@ -79,7 +79,7 @@ def open_data(
     chosen = permute(settings.seed, "prompts", range(len(asked)), len(asked)).tolist() if len(asked) < count else range(count)
     return JobData(source, held_out, [asked[int(i)] for i in chosen])
 
-# %% ../nbs/70_recipes.ipynb #35047228
+# %% ../nbs/70_recipes.ipynb #992108d9
 def build_network(
     settings: TrainSettings,  # resolved
     captions: Sequence[str],  # to make a vocabulary from
@@ -101,7 +101,7 @@ def build_diffusion(
 ) -> Diffusion:  # schedule, target, times
     "The diffusion that settings describe."
     shift = settings.time_shift or (3.0 if settings.schedule == "flow" else 1.0)
-    options = {"zero_terminal_snr": settings.zero_terminal_snr, "time_sampling": settings.time_sampling, "shift": shift}
+    options: dict[str, Any] = {"zero_terminal_snr": settings.zero_terminal_snr, "time_sampling": settings.time_sampling, "shift": shift}
     return Diffusion(settings.schedule, settings.target, **options)
 
 # %% ../nbs/70_recipes.ipynb #71e781f2

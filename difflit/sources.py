@@ -236,7 +236,7 @@ def scene_split(
     "The only split in which a scene's caption may occur."
     return _caption_split(scene_caption(_straight(scene)))
 
-# %% ../nbs/12_sources.ipynb #f7aacd82
+# %% ../nbs/12_sources.ipynb #27f702a0
 def _scene_from(u: list[float]) -> Scene:
     "A scene from sixteen numbers in 0…1."
 
@@ -247,10 +247,10 @@ def _scene_from(u: list[float]) -> Scene:
         return pick((-1, 0, 1), i), pick((-1, 0, 1), i + 1), pick((0, 1, 2), i + 2)
 
     background, shape, colour = pick((*BACKGROUNDS,), 0), pick(SHAPES, 1), pick((*COLOURS,), 2)
-    if u[3] < 0.9:
+    if u[3] < 0.93:
         return _single(pick(("small", "large"), 4), colour, shape, pick((*POSITIONS,), 5), background, jitter(6))
-    other = pick([c for c in COLOURS if c != colour], 9)
-    return _pair((colour, other), (shape, pick(SHAPES, 4)), pick((*RELATIONS,), 5), background, (jitter(6), jitter(10)))
+    other = pick([s for s in SHAPES if s != shape], 9)  # of one colour: telling two colours apart takes far longer to learn than a first run lasts
+    return _pair((colour, colour), (shape, other), pick((*RELATIONS,), 5), background, (jitter(6), jitter(10)))
 
 
 def draw_scene(

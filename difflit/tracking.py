@@ -134,7 +134,7 @@ def close(
     if tracker._board is not None:
         tracker._board.close()
 
-# %% ../nbs/43_tracking.ipynb #0991d13b
+# %% ../nbs/43_tracking.ipynb #6ccb5d19
 def smooth(
     values: Sequence[float] | np.ndarray,  # one-dimensional
     window: int,  # values per mean, at least 1
@@ -147,17 +147,20 @@ def smooth(
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
+_PANELS = {"loss": "loss", "lr": "learning rate", "grad_norm": "gradient norm", "images_per_second": "images/s", "memory_gb": "memory, GB"}
+
+
 def curves_figure(
     rows: Sequence[Mapping[str, float]],  # `tracker.rows`
     title: str = "",  # above the figure
-) -> Figure:  # loss, learning rate, gradient norm, speed
-    "Loss with validation, learning rate, gradient norm and images per second against the step."
-    figure, axes = plt.subplots(1, 4, figsize=(12, 2.6), dpi=80)
-    columns = {c: [(r["step"], r[c]) for r in rows if c in r] for c in ("loss", "val_loss", "lr", "grad_norm", "images_per_second")}
+) -> Figure:  # loss, learning rate, gradient norm, speed, memory
+    "Loss with validation, learning rate, gradient norm, images per second and memory against the step."
+    figure, axes = plt.subplots(1, len(_PANELS), figsize=(13, 2.5), dpi=80)
+    columns = {c: [(r["step"], r[c]) for r in rows if c in r] for c in (*_PANELS, "val_loss")}
     window = max(1, len(rows) // 40)
-    for axis, name, label in zip(axes, ("loss", "lr", "grad_norm", "images_per_second"), ("loss", "learning rate", "gradient norm", "images/s")):
+    for axis, (name, label) in zip(axes, _PANELS.items()):
         steps, values = np.array(columns[name]).T if columns[name] else (np.zeros(0), np.zeros(0))
-        faint = name != "lr"
+        faint = name not in ("lr", "memory_gb")
         axis.plot(steps, values, lw=0.5 if faint else 1.5, alpha=0.3 if faint else 1, color="C0")
         if faint and len(values):
             axis.plot(steps, smooth(values, window), lw=1.5, color="C0", label="training")
@@ -170,13 +173,13 @@ def curves_figure(
         losses = np.array([v for _, v in columns["loss"]])
         axes[0].set_ylim(0.9 * np.nanmin(smooth(losses, window)), 1.05 * np.nanpercentile(losses, 97) + 1e-9)
         axes[0].legend(fontsize=8)
-    if columns["images_per_second"]:
-        axes[3].set_ylim(bottom=0)
+    for axis in axes[3:]:
+        axis.set_ylim(bottom=0)
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()
     return figure
 
-# %% ../nbs/43_tracking.ipynb #a5beb8ad
+# %% ../nbs/43_tracking.ipynb #ffa4a9e0
 def progress_line(
     step: int,  # done
     steps: int,  # in all
@@ -193,7 +196,7 @@ def progress_line(
     shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
     return f"{bar} {step}/{steps}  {rate:.2f} steps/s  {int(seconds // 60)}:{int(seconds % 60):02d} gone, {ends}  {shown}".rstrip()
 
-
+# %% ../nbs/43_tracking.ipynb #0211ace6
 class LiveView:
     "A progress line and the curves, shown in place: in a notebook by display updates, in a terminal by one rewritten line."
 

@@ -73,7 +73,7 @@ class EMA:
         for mine, theirs in zip(self.model.buffers(), model.buffers()):
             mine.copy_(theirs)
 
-# %% ../nbs/45_training.ipynb #12f2baa7
+# %% ../nbs/45_training.ipynb #4d0157ae
 @dataclass
 class TrainState:
     "What moves during training."
@@ -94,7 +94,7 @@ class TrainState:
         return self.wrapped if self.wrapped is not None else self.model
 
 
-def _kind(name: str, parameter: Tensor, tables: set[Tensor], scales: Mapping[str, float]) -> tuple[float, bool]:
+def _kind(name: str, parameter: Tensor, tables: set, scales: Mapping[str, float]) -> tuple[float, bool]:
     "Learning-rate scale and whether weights decay, for one parameter."
     scale = next((s for prefix, s in scales.items() if name.startswith(prefix)), 1.0)
     return scale, parameter.ndim >= 2 and parameter not in tables and "embedding" not in name
@@ -109,11 +109,12 @@ def make_optimizer(
 ) -> torch.optim.AdamW:  # fused
     "AdamW with decay on weight matrices and kernels only: norms, biases and embeddings are not pulled to zero. Source: Loshchilov and Hutter 2019."
     tables = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    groups: dict[tuple[float, bool], list[Tensor]] = {}
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups.setdefault(_kind(name, parameter, tables, scales or {}), []).append(parameter)
-    options = [{"params": ps, "lr_scale": s, "weight_decay": weight_decay if d else 0.0} for (s, d), ps in sorted(groups.items(), key=lambda g: g[0], reverse=True)]
+    ordered = sorted(groups.items(), key=lambda g: g[0], reverse=True)  # the order is part of a checkpoint
+    options = [{"params": p, "lr_scale": scale, "weight_decay": weight_decay if decays else 0.0} for (scale, decays), p in ordered]
     return torch.optim.AdamW(options, lr=lr, betas=(0.9, beta2), fused=True)
 
 # %% ../nbs/45_training.ipynb #396b5726

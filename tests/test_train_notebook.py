@@ -7,7 +7,6 @@ import sys
 
 import pytest
 from conftest import ROOT, TINY
-from test_data import messy  # noqa: F401, a fixture
 
 NOTEBOOK = ROOT / "nbs" / "train.ipynb"
 
