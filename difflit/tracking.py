@@ -179,7 +179,16 @@ def curves_figure(
     figure.tight_layout()
     return figure
 
-# %% ../nbs/43_tracking.ipynb #ffa4a9e0
+# %% ../nbs/43_tracking.ipynb #518d8830
+def _in_kernel() -> bool:
+    "Whether this code runs in a notebook's kernel."
+    try:
+        from IPython.core.getipython import get_ipython
+    except ImportError:
+        return False
+    return get_ipython() is not None and hasattr(get_ipython(), "kernel")
+
+
 def progress_line(
     step: int,  # done
     steps: int,  # in all
@@ -196,7 +205,7 @@ def progress_line(
     shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
     return f"{bar} {step}/{steps}  {rate:.2f} steps/s  {int(seconds // 60)}:{int(seconds % 60):02d} gone, {ends}  {shown}".rstrip()
 
-# %% ../nbs/43_tracking.ipynb #0211ace6
+# %% ../nbs/43_tracking.ipynb #4cf0e2be
 class LiveView:
     "A progress line and the curves, shown in place: in a notebook by display updates, in a terminal by one rewritten line."
 
@@ -248,12 +257,3 @@ class LiveView:
             else:
                 self._handles[1].update(figure)
             plt.close(figure)
-
-
-def _in_kernel() -> bool:
-    "Whether this code runs in a notebook's kernel."
-    try:
-        from IPython.core.getipython import get_ipython
-    except ImportError:
-        return False
-    return get_ipython() is not None and hasattr(get_ipython(), "kernel")
