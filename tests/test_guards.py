@@ -109,9 +109,16 @@ def test_sampling_leaves_the_mode_of_the_model(trained):
 
 
 def test_weights_decay_on_matrices_only(trained):
-    decayed, others = trained.state.optimizer.param_groups
-    assert decayed["weight_decay"] > 0 and others["weight_decay"] == 0
-    assert all(p.ndim >= 2 for p in decayed["params"])
+    for group in trained.state.optimizer.param_groups:
+        assert group["weight_decay"] == 0 or all(p.ndim >= 2 for p in group["params"])
+    assert {group["weight_decay"] > 0 for group in trained.state.optimizer.param_groups} == {True, False}
+
+
+def test_the_text_tower_learns_at_its_own_rate(trained):
+    slow = {p for group in trained.state.optimizer.param_groups if group["lr_scale"] < 1 for p in group["params"]}
+    named = dict(trained.state.model.named_parameters())
+    assert named["token_embedding.weight"] in slow and named["transformer.resblocks.0.attn.c_qkv.weight"] in slow
+    assert named["input_blocks.0.0.weight"] not in slow and named["transformer_proj.weight"] not in slow
 
 
 # What goes wrong, and how it is told
