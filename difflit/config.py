@@ -168,12 +168,12 @@ def _has_gpu() -> bool:
 
     return torch.cuda.is_available()
 
-# %% ../nbs/00_config.ipynb #3d9767fa
+# %% ../nbs/00_config.ipynb #a5779a30
 @preset
 def shapes() -> dict:
     """Drawn scenes with compositional captions, 32 px: the default.
 
-    `papermill nbs/train.ipynb out.ipynb`; 2 CPU cores: about 5 minutes; colour and background of held-out captions ≥ 0.97, shape ≥ 0.85."""
+    `papermill nbs/train.ipynb out.ipynb`; 2 CPU cores: under 6 minutes; colour and background of held-out captions ≥ 0.97, shape ≥ 0.85."""
     return dict(data="shapes", steps=1800, batch_size=32, ema_decay=0.995, context=16)
 
 
@@ -191,7 +191,7 @@ def emoji() -> dict:
 
     `papermill nbs/train.ipynb out.ipynb -p preset emoji`; 2 CPU cores: about 4 minutes; ≥ 95 % of the images nearest to their own glyph."""
     gpu = _has_gpu()
-    return dict(data="emoji", limit=None if gpu else 64, steps=20_000 if gpu else 1000, batch_size=32, ema_decay=0.995, context=16, score_images=128)
+    return dict(data="emoji", limit=None if gpu else 64, steps=20_000 if gpu else 1000, batch_size=32, ema_decay=0.995, score_images=128)
 
 
 @preset

@@ -205,7 +205,7 @@ def progress_line(
     shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
     return f"{bar} {step}/{steps}  {rate:.2f} steps/s  {int(seconds // 60)}:{int(seconds % 60):02d} gone, {ends}  {shown}".rstrip()
 
-# %% ../nbs/43_tracking.ipynb #4cf0e2be
+# %% ../nbs/43_tracking.ipynb #fd09a08e
 class LiveView:
     "A progress line and the curves, shown in place: in a notebook by display updates, in a terminal by one rewritten line."
 
@@ -214,7 +214,7 @@ class LiveView:
         tracker: Tracker,  # whose rows are drawn
         steps: int,  # of the whole run
         first: int = 0,  # the step at which this process began
-        plot_every_seconds: float = 10.0,  # time between two redrawn pictures
+        plot_every_seconds: float = 20.0,  # time between two redrawn pictures
     ):
         self.tracker, self.steps, self.first, self.plot_every_seconds = tracker, steps, first, plot_every_seconds
         self.start = self._line_at = self._plot_at = time.perf_counter()
