@@ -168,7 +168,7 @@ def _has_gpu() -> bool:
 
     return torch.cuda.is_available()
 
-# %% ../nbs/00_config.ipynb #a5779a30
+# %% ../nbs/00_config.ipynb #6fb5aca4
 @preset
 def shapes() -> dict:
     """Drawn scenes with compositional captions, 32 px: the default.
@@ -198,7 +198,7 @@ def emoji() -> dict:
 def folder() -> dict:
     """Your own images with captions, in the folder `images` or where `-p data PATH` says.
 
-    `papermill nbs/train.ipynb out.ipynb -p preset folder -p data my_pictures`; 2 CPU cores at 32 px: about 5 minutes for 1000 steps."""
+    `papermill nbs/train.ipynb out.ipynb -p preset folder -p data my_pictures`; 2 CPU cores: 0.26 s an update of 64 images at 32 px."""
     return dict(data="images", steps=1000, ema_decay=0.995, score_images=64)
 
 # %% ../nbs/00_config.ipynb #f82d678b
