@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['GLIDES', 'GlideConfig', 'config_from_dict', 'timestep_embedding', 'film_norm', 'ResidualBlock', 'attend',
-           'AttentionBlock', 'TextTransformer', 'Glide', 'initialise', 'glide_config', 'create_glide',
+           'AttentionBlock', 'TextTransformer', 'fit_context', 'Glide', 'initialise', 'glide_config', 'create_glide',
            'keep_freed_memory']
 
-# %% ../nbs/31_glide.ipynb #21e164bb
+# %% ../nbs/31_glide.ipynb #afcced68
 import ctypes
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -106,7 +108,7 @@ def timestep_embedding(
     angles = timesteps.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
-# %% ../nbs/31_glide.ipynb #d9daa318
+# %% ../nbs/31_glide.ipynb #3f6dbcba
 def _statistics(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     "Mean and 1/σ of every group of channels of every image, [B, groups], at least fp32."
     batch, channels, height, width = x.shape
@@ -149,7 +151,18 @@ def _spread(values: Tensor, x: Tensor) -> Tensor:
     "[B, C] values to stand against features."
     return values.to(x.dtype)[..., None, None]
 
-# %% ../nbs/31_glide.ipynb #7bf209d1
+
+def _no_autocast(x: Tensor) -> AbstractContextManager:
+    "Autocast switched off, where the device of `x` has one (the meta device has none)."
+    return torch.autocast(x.device.type, enabled=False) if torch.amp.is_autocast_available(x.device.type) else nullcontext()
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    "What autocast makes of `x` just now; None if it is off."
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) else None
+
+# %% ../nbs/31_glide.ipynb #cae40bf5
 def film_norm(
     norm: nn.GroupNorm,  # holds gain, bias, groups and eps
     x: Tensor,  # image features, [B, C, H, W], any float dtype
@@ -164,20 +177,65 @@ def film_norm(
             gain, offset = gain * (1 + scale), torch.addcmul(shift, offset.to(gain.dtype), 1 + scale)
         gain, offset = gain.expand(x.shape[0], -1), offset.to(gain.dtype).expand(x.shape[0], -1)
         return _FilmNorm.apply(x, gain, offset, norm.num_groups, norm.eps, silu)
-    with torch.autocast(x.device.type, enabled=False):  # autocast would widen the whole tensor; the kernel widens its sums
+    with _no_autocast(x):  # autocast would widen the whole tensor; the kernel widens its sums
         h = F.group_norm(x, norm.num_groups, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
     if film is not None:
         scale, shift = film.to(x.dtype)[..., None, None].chunk(2, dim=1)
         h = torch.addcmul(shift, h, 1 + scale)
     return F.silu(h) if silu else h
 
-# %% ../nbs/31_glide.ipynb #c4eb8800
+# %% ../nbs/31_glide.ipynb #1f366afb
+def _neighbourhoods(x: Tensor) -> Tensor:
+    "All 3×3 surroundings, zeros beyond the border, as rows: [B·H·W, 9·C]."
+    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).contiguous()
+    batch, channels, height, width = x.shape
+    b, y, z, c = padded.stride()
+    return padded.as_strided((batch, height, width, 3, 3, channels), (b, y, z, y, z, c)).reshape(-1, 9 * channels)
+
+
+class _FewPixels(torch.autograd.Function):
+    "A 3×3 convolution as a matrix product."
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        rows = F.linear(_neighbourhoods(x), weight.permute(0, 2, 3, 1).flatten(1), bias)
+        return rows.view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        rows = grad.permute(0, 2, 3, 1).reshape(-1, len(weight))
+        size, one = [len(weight)], [1, 1]
+        needs = [ctx.needs_input_grad[0], False, False]
+        grad_x = torch.ops.aten.convolution_backward(grad, x, weight, size, one, one, one, False, [0, 0], 1, needs)[0]
+        grad_weight = (rows.t() @ _neighbourhoods(x)).view(-1, 3, 3, x.shape[1]).permute(0, 3, 1, 2)
+        return grad_x, grad_weight, rows.sum(0)
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    "A convolution of odd size that keeps height and width, by the quicker of two ways."
+    side = weight.shape[-1]
+    if x.device.type == "cpu" and weight.shape[1] >= 256 and side == 3 and not torch.compiler.is_compiling():
+        dtype = _autocast_dtype(x) or x.dtype
+        if dtype.itemsize == 2 and x.shape[0] * x.shape[2] * x.shape[3] <= 1024:
+            with _no_autocast(x):
+                return _FewPixels.apply(x.to(dtype), weight.to(dtype), bias.to(dtype))
+    return F.conv2d(x, weight, bias, padding=side // 2)
+
+
+class _Convolution(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return _convolve(x, self.weight, self.bias)  # type: ignore[arg-type]
+
+# %% ../nbs/31_glide.ipynb #dfedc927
 def _norm(channels: int, config: GlideConfig) -> nn.GroupNorm:
     return nn.GroupNorm(config.norm_groups, channels, eps=1e-5)
 
 
 def _conv(inputs: int, outputs: int, side: int = 3) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, side, padding=side // 2)
+    return _Convolution(inputs, outputs, side, padding=side // 2)
 
 
 class ResidualBlock(nn.Module):
@@ -212,23 +270,57 @@ class ResidualBlock(nn.Module):
         h = film_norm(self.out_layers[0], h, self.emb_layers(emb))  # type: ignore[arg-type]
         return self.skip_connection(x) + self.out_layers[3](self.out_layers[2](h))
 
-# %% ../nbs/31_glide.ipynb #d45b5e00
+# %% ../nbs/31_glide.ipynb #9f97b5a0
+class _HeadByHead(torch.autograd.Function):
+    "softmax(q kᵀ) v for [heads, N, d] one head at a time, the table recomputed in the backward pass; q comes scaled."
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        out = torch.empty_like(q)
+        for i in range(len(q)):
+            torch.mm(torch.mm(q[i], k[i].t()).softmax(-1), v[i], out=out[i])
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        (q, k, v), grad = ctx.saved_tensors, grad.contiguous()
+        grad_q, grad_k, grad_v = (torch.empty_like(z) for z in (q, k, v))
+        for i in range(len(q)):
+            table = torch.mm(q[i], k[i].t()).softmax(-1)
+            torch.mm(table.t(), grad[i], out=grad_v[i])
+            slope = torch._softmax_backward_data(torch.mm(grad[i], v[i].t()), table, -1, table.dtype)
+            torch.mm(slope, k[i], out=grad_q[i])
+            torch.mm(slope.t(), q[i], out=grad_k[i])
+        return grad_q, grad_k, grad_v
+
+
 def attend(
     queries: Tensor,  # [B, heads, N, d]
     keys: Tensor,  # [B, heads, M, d]
     values: Tensor,  # [B, heads, M, d]
 ) -> Tensor:  # [B, heads, N, d]
     "Attention, softmax in fp32, scaled by 1/√d; by plain matrix products where that is quicker. Source: Vaswani et al. 2017, eq. 1."
-    if queries.device.type != "cpu" or keys.shape[2] > 256:
+    half, compiling = queries.dtype.itemsize == 2, torch.compiler.is_compiling()
+    if queries.device.type != "cpu" or keys.shape[2] > (512 if half else 256) and (compiling or not half):
         return F.scaled_dot_product_attention(queries, keys, values)
     batch, heads, count, width = queries.shape
     q, k, v = (z.reshape(batch * heads, -1, width) for z in (queries * width**-0.5, keys, values))
-    return torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v).view(batch, heads, count, width)
+    if keys.shape[2] <= 512:
+        return torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v).view(batch, heads, count, width)
+    with _no_autocast(q):
+        return _HeadByHead.apply(q, k, v).view(batch, heads, count, width)
 
-# %% ../nbs/31_glide.ipynb #db3bcacb
-def _pointwise(x: Tensor, conv: nn.Conv1d) -> Tensor:
-    "A Conv1d of width 1 over the last axis."
-    return F.linear(x, conv.weight.flatten(1), conv.bias)
+# %% ../nbs/31_glide.ipynb #a49dda7e
+class _Pointwise(nn.Conv1d):
+    "A Conv1d of width 1, applied to the last axis."
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.flatten(1), self.bias)
 
 
 class AttentionBlock(nn.Module):
@@ -242,9 +334,16 @@ class AttentionBlock(nn.Module):
         super().__init__()
         self.heads = channels // config.head_channels
         self.norm = _norm(channels, config)
-        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
-        self.encoder_kv = nn.Conv1d(config.text_width, 2 * channels, 1)
-        self.proj_out = nn.Conv1d(channels, channels, 1)
+        self.qkv = _Pointwise(channels, 3 * channels)
+        self.encoder_kv = _Pointwise(config.text_width, 2 * channels)
+        self.proj_out = _Pointwise(channels, channels)
+
+    def read(
+        self,
+        sequence: Tensor,  # the text tower's output, [B, text width, L]
+    ) -> Tensor:  # keys and values of the words, [B, L, 2C]
+        "What the words contribute to the attention."
+        return self.encoder_kv(sequence.transpose(1, 2))
 
     def forward(
         self,
@@ -254,14 +353,19 @@ class AttentionBlock(nn.Module):
         "Apply the block."
         b, c, height, width = x.shape
         h = film_norm(self.norm, x, silu=False).permute(0, 2, 3, 1).reshape(b, height * width, c)
-        q, k, v = _pointwise(h, self.qkv).view(b, -1, self.heads, 3, c // self.heads).permute(3, 0, 2, 1, 4)
-        words = _pointwise(sequence.transpose(1, 2), self.encoder_kv)
+        q, k, v = self.qkv(h).view(b, -1, self.heads, 3, c // self.heads).permute(3, 0, 2, 1, 4)
+        words = self.read(sequence)
         k_words, v_words = words.view(b, -1, self.heads, 2, c // self.heads).permute(3, 0, 2, 1, 4)
         h = attend(q, torch.cat([k_words, k], dim=2), torch.cat([v_words, v], dim=2))
-        h = _pointwise(h.transpose(1, 2).reshape(b, -1, c), self.proj_out)
+        h = self.proj_out(h.transpose(1, 2).reshape(b, -1, c))
         return x + h.view(b, height, width, c).permute(0, 3, 1, 2)
 
-# %% ../nbs/31_glide.ipynb #2832b386
+# %% ../nbs/31_glide.ipynb #a4d88d22
+class _LayerNorm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight, self.bias, self.eps).to(x.dtype)
+
+
 class _TextAttention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -286,14 +390,14 @@ class _TextMLP(nn.Module):
 class _TextBlock(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
-        self.ln_1, self.attn = nn.LayerNorm(width), _TextAttention(width, heads)
-        self.ln_2, self.mlp = nn.LayerNorm(width), _TextMLP(width)
+        self.ln_1, self.attn = _LayerNorm(width), _TextAttention(width, heads)
+        self.ln_2, self.mlp = _LayerNorm(width), _TextMLP(width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
 
-# %% ../nbs/31_glide.ipynb #95e75ef1
+# %% ../nbs/31_glide.ipynb #df8aabfd
 def _run(block: nn.Module, checkpointing: bool, *inputs: Tensor) -> Tensor:
     "Run a block; when asked, forget its insides and recompute them in the backward pass."
     return checkpoint(block, *inputs, use_reentrant=False) if checkpointing else block(*inputs)
@@ -314,7 +418,9 @@ class TextTransformer(nn.Module):
         self,
         x: Tensor,  # embedded tokens, [B, L, width]
     ) -> Tensor:  # [B, L, width]
-        "Apply all blocks."
+        "Apply all blocks, in the precision of their linear layers."
+        linears = [m for m in self.modules() if isinstance(m, nn.Linear)]
+        x = x.to(linears[0].weight.dtype) if linears else x
         for block in self.resblocks:
             x = _run(block, self.checkpointing and torch.is_grad_enabled(), x)
         return x
@@ -373,24 +479,76 @@ def _middle(config: GlideConfig) -> _Stage:
     channels = config.channels * config.channel_mult[-1]
     return _Stage(ResidualBlock(channels, channels, config), AttentionBlock(channels, config), ResidualBlock(channels, channels, config))
 
-# %% ../nbs/31_glide.ipynb #7f8dc70d
+# %% ../nbs/31_glide.ipynb #789e47b3
+def _check_shape(name: str, found: Tensor, wanted: list[int | None]) -> None:
+    "Raise `ValueError` unless the shape is the one wanted; None stands for any size."
+    if found.dim() != len(wanted) or any(w is not None and w != f for f, w in zip(found.shape, wanted)):
+        expected = ", ".join("any" if w is None else str(w) for w in wanted)
+        raise ValueError(f"{name} has the shape {list(found.shape)}; this model and these images need [{expected}]")
+
+
 def _compose_input(config: GlideConfig, x: Tensor, low_res: Tensor | None, image: Tensor | None, mask: Tensor | None) -> Tensor:
     "The channels of the first convolution. Raises `ValueError` where an input is missing, superfluous or of an impossible size."
     if x.dim() != 4 or x.shape[1] != 3 or x.shape[2] % config.downsampling or x.shape[3] % config.downsampling:
         raise ValueError(f"images must be [B, 3, H, W] with sides divisible by {config.downsampling}, not {list(x.shape)}")
+    batch, _, height, width = x.shape
+    if config.position_map and (height, width) != (config.image_size, config.image_size):
+        raise ValueError(f"this model has a map of its {config.image_size} × {config.image_size} pixels; it cannot see {height} × {width}")
     if config.super_resolution != (low_res is not None):
         raise ValueError("this model needs low_res" if config.super_resolution else "low_res was given, but super_resolution is off")
-    if image is not None and not config.inpaint:
-        raise ValueError("inpaint_image was given, but this model does not inpaint")
+    if (image is not None or mask is not None) and not config.inpaint:
+        raise ValueError("inpaint_image or inpaint_mask was given, but this model does not inpaint")
     parts = [x]
     if config.inpaint:
-        mask = torch.zeros_like(x[:, :1]) if mask is None or image is None else mask
-        parts += [torch.zeros_like(x) if image is None else image * mask, mask.expand(x.shape[0], -1, -1, -1)]
+        image = torch.zeros_like(x) if image is None else image
+        mask = torch.zeros_like(x[:, :1]) if mask is None else mask.to(x.dtype)
+        _check_shape("inpaint_image", image, [batch, 3, height, width])
+        _check_shape("inpaint_mask", mask, [batch if mask.shape[0] != 1 else 1, 1, height, width])
+        parts += [image * mask, mask.expand(batch, -1, -1, -1)]
     if low_res is not None:
-        parts.append(F.interpolate(low_res, x.shape[-2:], mode="bilinear", align_corners=False))
+        _check_shape("low_res", low_res, [batch, 3, None, None])
+        parts.append(F.interpolate(low_res, (height, width), mode="bilinear", align_corners=False))
     return torch.cat(parts, dim=1) if len(parts) > 1 else x
 
-# %% ../nbs/31_glide.ipynb #2bd876c2
+# %% ../nbs/31_glide.ipynb #1fe21ef2
+_CUT: set[tuple[int, int]] = set()  # the pairs of lengths for which a cut has been reported
+
+
+def _may_look(values: Tensor) -> bool:
+    "Whether values may be read here: not while tracing or recording, and not from a GPU that is training."
+    if torch.compiler.is_compiling() or values.device.type == "meta":
+        return False
+    return values.device.type == "cpu" or not torch.is_grad_enabled() and not torch.cuda.is_current_stream_capturing()
+
+
+def fit_context(
+    tokens: Tensor,  # token numbers, int64, [B, L]
+    mask: Tensor,  # True on real tokens, bool, [B, L]
+    context: int,  # how many tokens the model reads
+) -> tuple[Tensor, Tensor]:  # tokens and mask, [B, context] each
+    "Pad captions with masked tokens, or cut them; warns once if real tokens are cut."
+    length = tokens.shape[1]
+    if length < context:
+        return F.pad(tokens, (0, context - length)), F.pad(mask, (0, context - length), value=False)
+    if length > context and (length, context) not in _CUT and _may_look(mask) and bool(mask[:, context:].any()):
+        _CUT.add((length, context))
+        warnings.warn(f"captions of {length} tokens were cut to text_context={context}; what they say after that is lost", stacklevel=2)
+    return tokens[:, :context], mask[:, :context]
+
+
+def _check_tokens(tokens: Tensor, mask: Tensor | None, vocabulary: int) -> None:
+    "Raise `ValueError` for tokens without a mask, of another shape than it, or outside of the vocabulary."
+    if mask is None:
+        raise ValueError("tokens came without a mask: pass mask=, True on real tokens and False on padding")
+    if tokens.dim() != 2 or tokens.shape != mask.shape:
+        raise ValueError(f"tokens {list(tokens.shape)} and mask {list(mask.shape)} must both be [B, L]")
+    if _may_look(tokens) and tokens.numel():
+        wrong = (tokens < 0) | (tokens >= vocabulary)
+        if bool(wrong.any()):
+            row, place = wrong.nonzero()[0].tolist()
+            raise ValueError(f"token {int(tokens[row, place])} of caption {row}, at place {place}, is outside of this model's vocabulary, 0…{vocabulary - 1}")
+
+# %% ../nbs/31_glide.ipynb #02a8d39e
 class _Reader(nn.Module):
     "The half of GLIDE that reads. Its parts lie at the root of the state dict, so it is a base class and not a part."
 
@@ -400,17 +558,17 @@ class _Reader(nn.Module):
         self.token_embedding = nn.Embedding(config.vocabulary, config.text_width)
         self.positional_embedding = nn.Parameter(torch.zeros(config.text_context, config.text_width))
         self.padding_embedding = nn.Parameter(torch.zeros(config.text_context, config.text_width))
-        self.transformer, self.final_ln = TextTransformer(config), nn.LayerNorm(config.text_width)
+        self.transformer, self.final_ln = TextTransformer(config), _LayerNorm(config.text_width)
         self.transformer_proj = nn.Linear(config.text_width, 4 * config.channels)
 
     def encode_text(
         self,
-        tokens: Tensor,  # token numbers, int64, [B, text_context]
-        mask: Tensor,  # True on real tokens, bool, [B, text_context]
+        tokens: Tensor,  # token numbers, [B, L]; fitted to the model's context
+        mask: Tensor,  # True on real tokens, bool, [B, L]
     ) -> dict[str, Tensor]:  # "pooled" [B, 4·channels] and "sequence" [B, text_width, text_context]
-        "Read captions; the result may be handed back as `text=`. Raises `ValueError` if the length is not the model's context."
-        if tokens.shape[1] != self.config.text_context:
-            raise ValueError(f"captions have {tokens.shape[1]} tokens; this model reads text_context={self.config.text_context}")
+        "Read captions; the result may be handed back as `text=`. Raises `ValueError` for a missing mask or tokens out of range."
+        _check_tokens(tokens, mask, self.config.vocabulary)
+        tokens, mask = fit_context(tokens, mask, self.config.text_context)
         x = self.token_embedding(tokens) + self.positional_embedding
         x = torch.where(mask[..., None], x, self.padding_embedding.to(x.dtype))
         x = self.final_ln(self.transformer(x))
@@ -424,7 +582,7 @@ class _Reader(nn.Module):
         tokens = torch.zeros(1, self.config.text_context, dtype=torch.int64, device=device)
         return self.encode_text(tokens, torch.zeros_like(tokens, dtype=torch.bool))
 
-# %% ../nbs/31_glide.ipynb #49705e1f
+# %% ../nbs/31_glide.ipynb #42daa927
 class Glide(_Reader):
     "GLIDE: a text tower and a U-Net. Source: Nichol et al. 2021, section 3; state dict as in openai/glide-text2im."
 
@@ -443,26 +601,48 @@ class Glide(_Reader):
         self.out = nn.Sequential(_norm(width, config), nn.Identity(), _conv(width, config.out_channels))
         initialise(self)
 
+    def prepared(
+        self,
+        dtype: torch.dtype | None = None,  # of the copies, e.g. torch.bfloat16; None: as the weights are
+    ) -> AbstractContextManager[None]:  # a `with` block for sampling
+        "Inside the block, weights are cast once and words read once; without gradients to the weights, which must not change meanwhile."
+        return _replaced(self, dtype)
+
     def forward(
         self,
         x: Tensor,  # noised images, [B, 3, H, W]
         timesteps: Tensor,  # times in 0…1000, int or float, [B]
-        tokens: Tensor | None = None,  # token numbers, [B, text_context]; None: unconditional
-        mask: Tensor | None = None,  # True on real tokens, [B, text_context]
+        tokens: Tensor | None = None,  # token numbers, [B, L], with `mask`; None: unconditional
+        mask: Tensor | None = None,  # True on real tokens, bool, [B, L]
         low_res: Tensor | None = None,  # image to enlarge, [B, 3, h, w]
         inpaint_image: Tensor | None = None,  # image with the known pixels, [B, 3, H, W]
         inpaint_mask: Tensor | None = None,  # 1 where known, [B, 1, H, W]
         text: dict[str, Tensor] | None = None,  # what `encode_text` gave, instead of tokens; one row serves all
     ) -> Tensor:  # [B, out_channels, H, W], float32 (float64 for a double model)
         "What the network says about `x`. Raises `ValueError` on missing or misshapen inputs."
-        if text is None:
-            text = self.empty_text() if tokens is None or mask is None else self.encode_text(tokens, mask)
-        dtype = next(self.time_embed.parameters()).dtype
-        with torch.autocast(x.device.type, enabled=False):
-            time = self.time_embed(timestep_embedding(timesteps.expand(x.shape[0]), self.config.channels).to(dtype))
-        emb = F.silu(time + text["pooled"].to(dtype))
+        batch = x.shape[0]
         x = _compose_input(self.config, x, low_res, inpaint_image, inpaint_mask)
-        return _paint(self, x, emb, text["sequence"].expand(x.shape[0], -1, -1))
+        if timesteps.dim() > 1 or timesteps.numel() not in (1, batch):
+            raise ValueError(f"timesteps has the shape {list(timesteps.shape)}; {batch} images need [{batch}] or a single time")
+        if text is None:
+            text = self.empty_text() if tokens is None else self.encode_text(tokens, mask)  # type: ignore[arg-type]
+        pooled, sequence = _check_text(self.config, text, batch)
+        dtype = next(self.time_embed.parameters()).dtype
+        with _no_autocast(x):
+            time = self.time_embed(timestep_embedding(timesteps.expand(batch), self.config.channels).to(dtype))
+        return _paint(self, x, F.silu(time + pooled.to(dtype)), sequence)
+
+# %% ../nbs/31_glide.ipynb #de1cb3b1
+def _check_text(config: GlideConfig, text: Mapping[str, Tensor], batch: int) -> tuple[Tensor, Tensor]:
+    "What `encode_text` gave, a row for each image. Raises `ValueError` if it is for another model or number of images."
+    if not {"pooled", "sequence"} <= set(text):
+        raise ValueError(f"text must be what encode_text returns, with 'pooled' and 'sequence'; it has {sorted(text)}")
+    pooled, sequence = text["pooled"], text["sequence"]
+    if len(sequence) not in (1, batch) or len(pooled) != len(sequence):
+        raise ValueError(f"{len(sequence)} captions came with {batch} images: give one for each, or a single one for all")
+    _check_shape("text['pooled']", pooled, [None, 4 * config.channels])
+    _check_shape("text['sequence']", sequence, [None, config.text_width, None])
+    return pooled, sequence if len(sequence) == batch else sequence.expand(batch, -1, -1)
 
 
 def _paint(model: Glide, x: Tensor, emb: Tensor, sequence: Tensor) -> Tensor:
@@ -479,10 +659,56 @@ def _paint(model: Glide, x: Tensor, emb: Tensor, sequence: Tensor) -> Tensor:
     for stage in model.output_blocks:
         h = stage(torch.cat([h, kept.pop()], dim=1), emb, sequence, checkpointing)
     h = film_norm(model.out[0], h)  # type: ignore[arg-type]
-    if not torch.is_autocast_enabled(h.device.type):  # a half-precision model may keep its last convolution in fp32
+    if _autocast_dtype(h) is None:  # a half-precision model may keep its last convolution in fp32
         h = h.to(next(model.out.parameters()).dtype)
     h = model.out[2](h)
     return h.to(torch.promote_types(h.dtype, torch.float32))
+
+# %% ../nbs/31_glide.ipynb #17f50172
+def _frozen(layer: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    "A layer's answer, with copies of its weights."
+    weight, bias = (p.detach().to(dtype) for p in layer.parameters())
+    if isinstance(layer, _Convolution):
+        return lambda x: _convolve(x.to(dtype), weight, bias)
+    return lambda x: F.linear(x.to(dtype), weight.flatten(1), bias)
+
+
+def _remembering(read: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    "A function that answers the same tensor a second time without computing."
+    last: list[Tensor] = []
+
+    def again(sequence: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or (sequence.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return read(sequence)
+        if not last or last[0] is not sequence:
+            last[:] = sequence, read(sequence)
+        return last[1]
+
+    return again
+
+
+@contextmanager
+def _replaced(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    "See `Glide.prepared`."
+    changed: list[tuple[nn.Module, str, Any]] = []
+
+    def replace_by(layer: nn.Module, name: str, function: Callable) -> None:
+        changed.append((layer, name, layer.__dict__.get(name)))
+        layer.__dict__[name] = function
+
+    try:
+        for name, layer in model.named_modules():
+            if isinstance(layer, AttentionBlock):
+                replace_by(layer, "read", _remembering(layer.read))
+            elif isinstance(layer, (_Convolution, _Pointwise, nn.Linear)) and name.split(".")[0] not in ("time_embed", "out"):
+                replace_by(layer, "forward", _frozen(layer, dtype or next(layer.parameters()).dtype))
+        yield
+    finally:
+        for layer, name, before in reversed(changed):
+            if before is None:
+                del layer.__dict__[name]
+            else:
+                layer.__dict__[name] = before
 
 # %% ../nbs/31_glide.ipynb #b4b0fb70
 def _zero(layer: nn.Module) -> None:
@@ -512,24 +738,30 @@ def initialise(
         if table is not None:
             nn.init.normal_(table, std=0.3)
 
-# %% ../nbs/31_glide.ipynb #12262504
+# %% ../nbs/31_glide.ipynb #8474cf38
 _BASE = GlideConfig()
 _UPSAMPLE = replace(_BASE, image_size=256, channel_mult=(1, 1, 2, 2, 4, 4), residual_blocks=2,
                     attention_downsamplings=(8, 16, 32), super_resolution=True)
 _TINY = replace(_BASE, image_size=32, channels=32, channel_mult=(1, 1, 3), residual_blocks=1, attention_downsamplings=(4,),
                 head_channels=32, dropout=0.0, norm_groups=8, text_context=24, text_width=128, text_layers=2, text_heads=4,
                 vocabulary=1024, learned_variance=False, position_map=True)
+_TINY_BASE = replace(_TINY, image_size=64, channel_mult=(1, 1, 2, 3), attention_downsamplings=(8,), learned_variance=True)
+_TINY_UPSAMPLE = replace(_TINY_BASE, image_size=256, channels=16, channel_mult=(1, 1, 2, 4, 4), attention_downsamplings=(16,), super_resolution=True,
+                         position_map=False, norm_groups=4)
 GLIDES: dict[str, GlideConfig] = {
     "tiny": _TINY,
     "base": _BASE,
     "base-inpaint": replace(_BASE, inpaint=True),
     "upsample": _UPSAMPLE,
     "upsample-inpaint": replace(_UPSAMPLE, inpaint=True),
+    "tiny-base": _TINY_BASE,
+    "tiny-inpaint": replace(_TINY_BASE, inpaint=True),
+    "tiny-upsample": _TINY_UPSAMPLE,
 }
 
 
 def glide_config(
-    name: str = "tiny",  # "tiny", "base", "base-inpaint", "upsample", "upsample-inpaint"
+    name: str = "tiny",  # one of `GLIDES`: "tiny", "base", "base-inpaint", "upsample", "upsample-inpaint", "tiny-base", …
     **overrides: Any,  # any field of `GlideConfig`
 ) -> GlideConfig:  # the named configuration, with the overrides
     "A configuration by name. Raises `SettingsError` for an unknown name or field, naming the nearest."
@@ -539,7 +771,7 @@ def glide_config(
 
 
 def create_glide(
-    name: str = "tiny",  # "tiny", "base", "base-inpaint", "upsample", "upsample-inpaint"
+    name: str = "tiny",  # one of `GLIDES`: "tiny", "base", "base-inpaint", "upsample", "upsample-inpaint", "tiny-base", …
     seed: int = 0,  # of the initial weights
     **overrides: Any,  # any field of `GlideConfig`
 ) -> Glide:  # with weights for training from scratch, in channels-last memory
