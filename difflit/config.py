@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'SettingsError', 'nearest', 'Settings', 'RunSettings', 'DataSettings', 'ModelSettings', 'TrainSettings',
-           'preset', 'shapes', 'digits', 'emoji', 'folder', 'read_settings', 'resolve', 'notebook_parameters',
-           'settings_yaml', 'settings_table', 'parameters_cell']
+           'preset', 'shapes', 'digits', 'emoji', 'folder', 'glide_base', 'glide_inpaint', 'glide_upsample',
+           'glide_base_tiny', 'glide_inpaint_tiny', 'glide_upsample_tiny', 'noised_clip', 'clean_clip', 'read_settings',
+           'resolve', 'notebook_parameters', 'settings_yaml', 'settings_table', 'parameters_cell']
 
 # %% ../nbs/00_config.ipynb #9862cf5c
 import ast
@@ -70,14 +71,14 @@ class Settings(BaseModel):
                 read[name] = value
         return read
 
-# %% ../nbs/00_config.ipynb #d5fa0b64
+# %% ../nbs/00_config.ipynb #3010bef7
 class RunSettings(Settings):
     "What every kind of run has."
 
     preset: str = Field("shapes", description="a named recipe of settings; `difflit presets` lists them")
     seed: int = Field(0, ge=0, lt=2**63, description="of every random draw of the run")
     run_dir: str | None = Field(None, description="where the run lives (None: runs/<time>-<preset>)")
-    init_from: str | None = Field(None, description="run directory or checkpoint whose weights are the start")
+    init_from: str | None = Field(None, description="weights to start from: run, checkpoint, .pt, .safetensors, base, upsample, …; scratch: none")
     resume: str = Field("never", description="never, auto (go on if run_dir holds a run), or a checkpoint's path")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="of the network's arithmetic; weights and averages stay fp32")
     deterministic: bool = Field(False, description="bit-exact on a GPU too, slower (a CPU always is)")
@@ -91,47 +92,58 @@ class DataSettings(RunSettings):
     image_size: int = Field(32, ge=8, le=1024, description="pixels along a side")
     limit: int | None = Field(None, ge=1, description="use only so many training samples (None: all)")
     uncond_p: float = Field(0.1, ge=0, le=1, description="share of captions dropped, for classifier-free guidance")
+    crop: float = Field(1.0, gt=0, le=1, description="smallest side of a random square cut, as a share of the short side; 1: the middle, uncut")
     flip: bool = Field(False, description="mirror half of the images (never where captions say left or right)")
     workers: int | None = Field(None, ge=0, le=64, description="threads that prepare batches ahead (None: 4 beside a GPU, else 0)")
     context: int = Field(32, ge=4, le=512, description="tokens of a caption; longer ones are cut with a warning")
+    tokenizer: Literal["auto", "trimmed", "clip", "glide"] = Field("auto", description="auto: of the given weights, else cut down to the captions (trimmed)")
 
-# %% ../nbs/00_config.ipynb #d0850965
+# %% ../nbs/00_config.ipynb #cf20220c
 class ModelSettings(DataSettings):
     "The network and the diffusion it learns."
 
-    model: str = Field("tiny", description="a GLIDE by name: tiny, base, …")
+    model: str = Field("tiny", description="a network by name: tiny, base, upsample, base-inpaint, …, clip-tiny")
+    task: str = Field("auto", description="what a step computes; auto: what the network's inputs ask for")
     channels: int | None = Field(None, ge=32, multiple_of=32, description="width of the UNet (None: the model's own)")
     dropout: float | None = Field(None, ge=0, lt=1, description="inside residual blocks (None: the model's own)")
+    checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory, a third more time")
+    compile: bool = Field(False, description="compile the network with torch.compile: slow to begin, then faster")
     schedule: Literal["flow", "linear", "scaled_linear", "squared_cosine"] = Field("flow", description="how signal and noise mix over time")
     target: Literal["flow", "eps", "v", "x0"] = Field("flow", description="what the network predicts")
     time_sampling: Literal["logit_normal", "uniform"] = Field("uniform", description="how training times are drawn")
     time_shift: float | None = Field(None, gt=0, description="of flow times towards noise (None: 3 on a flow, else 1)")
-    loss: Literal["mse", "hybrid"] = Field("mse", description="mse, or GLIDE's hybrid loss with a learned variance (eps only)")
+    loss: Literal["mse", "hybrid"] = Field("mse", description="mse, or GLIDE's hybrid loss with a learned variance (no flow)")
     min_snr_gamma: float | None = Field(None, gt=0, description="min-SNR-γ loss weighting (None: off; 5 is usual)")
     zero_terminal_snr: bool = Field(False, description="rescale the schedule so that the last step is pure noise")
+    upscale_factor: int = Field(4, ge=2, le=16, description="of an upsampler: how many times smaller the picture is that it starts from")
+    patch_size: int | None = Field(None, ge=16, description="of an upsampler: train on squares of so many pixels (None: on whole pictures)")
+    conditioning_noise: float = Field(0.0, ge=0, le=1, description="of an upsampler: deviation of noise on the small picture in training")
 
     @model_validator(mode="after")
-    def _hybrid_needs_eps(self):
-        if self.loss == "hybrid" and (self.target != "eps" or self.schedule == "flow"):
-            raise ValueError("loss=hybrid learns a variance, which needs target=eps and one of the discrete schedules, e.g. schedule=squared_cosine")
+    def _hybrid_needs_a_table(self):
+        if self.loss == "hybrid" and self.schedule == "flow":
+            raise ValueError("loss=hybrid learns the variance of ancestral steps, which needs one of the discrete schedules, e.g. schedule=squared_cosine")
         if self.target == "eps" and self.zero_terminal_snr:
             raise ValueError("target=eps says nothing about the image at zero signal; with zero_terminal_snr use target=v or x0")
         return self
 
-# %% ../nbs/00_config.ipynb #7bcbc64c
+# %% ../nbs/00_config.ipynb #57b5993e
 class TrainSettings(ModelSettings):
     "All settings of `nbs/train.ipynb`."
 
-    steps: int | None = Field(None, ge=1, description="weight updates (give steps or epochs)")
+    steps: int | None = Field(None, ge=0, description="weight updates (give steps or epochs); 0 only looks at the given weights")
     epochs: float | None = Field(None, gt=0, description="passes over the training data, instead of steps")
     batch_size: int = Field(64, ge=1, description="images per weight update, over all devices")
     accumulate: int = Field(1, ge=1, description="micro-batches per weight update on each device")
     lr: float = Field(2e-3, gt=0, lt=10, description="peak learning rate")
-    text_lr_scale: float = Field(0.1, ge=0, le=10, description="factor on the learning rate of the text tower; 0 freezes it")
+    train_parts: str = Field("all", description="what trains, the rest is frozen: all, unet, text, attention, cross, … or name patterns; -part takes away")
+    lr_scales: str = Field("text=0.1,transformer_proj=1", description="factors on the learning rate, as part=factor, comma between")
+    reinit: str | None = Field(None, description="parts or name patterns that start from fresh weights although init_from is given")
+    text_cache_mb: int = Field(512, ge=0, description="memory for what a frozen text tower says, 10⁶ bytes; 0: ask it every time")
     warmup_steps: int | None = Field(None, ge=0, description="steps of rising learning rate (None: a tenth of all)")
     weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled decay, on matrices alone")
     beta2: float = Field(0.99, gt=0, lt=1, description="AdamW's second-moment decay")
-    clip_norm: float = Field(1.0, gt=0, description="largest norm of the whole gradient")
+    clip_norm: float = Field(1.0, ge=0, description="largest norm of the whole gradient; 0 clips nothing")
     ema_decay: float = Field(0.99, ge=0, lt=1, description="of the weights' running average, kept in fp32")
     validate_every_steps: int | None = Field(None, ge=1, description="validation loss (None: ten times a run)")
     validation_images: int = Field(256, ge=1, description="held-out images in the validation loss")
@@ -139,26 +151,28 @@ class TrainSettings(ModelSettings):
     checkpoint_every_steps: int | None = Field(None, ge=1, description="full state (None: five times a run)")
     keep_checkpoints: int = Field(2, ge=1, description="how many of the newest checkpoints stay")
     sampler: str = Field("euler", description="for pictures and scores")
-    sampler_steps: int = Field(25, ge=1, le=1000, description="steps of the sampler")
+    sampler_steps: int | None = Field(None, ge=1, le=1000, description="steps of the sampler (None: 25, or what the spacing says)")
+    spacing: str = Field("trailing", description="where the steps lie: trailing, uniform, fast27, ddim50, 10,10,3,2,2 …")
     guidance: float = Field(3.0, description="classifier-free guidance; 1 is none")
     score_images: int = Field(256, ge=0, description="images generated for the scores at the end; 0 scores nothing")
     prompts: str | None = Field(None, description="file with one prompt a line for the pictures (None: held-out captions)")
+    upsampler: str | None = Field(None, description="a trained upsampler that enlarges the final pictures (None: they stay as they are)")
 
     @model_validator(mode="after")
     def _one_length(self):
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give either steps or epochs" + (", not both" if self.steps else ""))
+            raise ValueError("give either steps or epochs" + (", not both" if self.steps is not None else ""))
         return self
 
-# %% ../nbs/00_config.ipynb #7bfbc37d
+# %% ../nbs/00_config.ipynb #44a0b7a4
 PRESETS: dict[str, Callable[[], dict]] = {}
 
 
 def preset(
     function: Callable[[], dict],  # returns settings; its docstring is shown to users
 ) -> Callable[[], dict]:  # the function itself
-    "Register a preset under the function's name."
-    PRESETS[function.__name__] = function
+    "Register a preset under the function's name, with `-` for `_`."
+    PRESETS[function.__name__.replace("_", "-")] = function
     return function
 
 
@@ -200,6 +214,82 @@ def folder() -> dict:
 
     `papermill nbs/train.ipynb out.ipynb -p preset folder -p data my_pictures`; 2 CPU cores: 0.26 s an update of 64 images at 32 px."""
     return dict(data="images", steps=1000, ema_decay=0.995, score_images=64)
+
+# %% ../nbs/00_config.ipynb #4fbdb912
+_GLIDE: dict[str, Any] = dict(data="images", image_size=64, context=128, schedule="squared_cosine", target="eps", loss="hybrid", uncond_p=0.2, epochs=20,
+                              batch_size=16, lr=1e-4, lr_scales="all=1", weight_decay=0.0, beta2=0.999, ema_decay=0.9999, sampler="ddpm", sampler_steps=100,
+                              spacing="uniform", score_images=64)
+
+
+@preset
+def glide_base() -> dict:
+    """Fine-tune OpenAI's GLIDE at 64 px on your own images.
+
+    `papermill nbs/train.ipynb out.ipynb -p preset glide-base -p data my_pictures`; a GPU: weights, moments and average take 7.7 GB, activations come on top
+    (`-p checkpointing true` needs least). `-p init_from scratch` starts from nothing."""
+    return {**_GLIDE, "model": "base", "init_from": "base"}
+
+
+@preset
+def glide_inpaint() -> dict:
+    """Fine-tune OpenAI's inpainting GLIDE at 64 px: boxes, strokes and halves are erased.
+
+    `papermill nbs/train.ipynb out.ipynb -p preset glide-inpaint -p data my_pictures`; a GPU, as for glide-base."""
+    return {**_GLIDE, "model": "base-inpaint", "init_from": "base-inpaint", "guidance": 5.0}
+
+
+@preset
+def glide_upsample() -> dict:
+    """Fine-tune OpenAI's upsampler from 64 to 256 px.
+
+    `papermill nbs/train.ipynb out.ipynb -p preset glide-upsample -p data my_pictures`; a GPU: 8.0 GB and activations at 256 px."""
+    upsampling = dict(image_size=256, schedule="linear", uncond_p=0.0, guidance=1.0, sampler="ddim", spacing="fast27", sampler_steps=None, batch_size=4)
+    return {**_GLIDE, **upsampling, "model": "upsample", "init_from": "upsample"}
+
+# %% ../nbs/00_config.ipynb #de206742
+_TWIN: dict[str, Any] = dict(data="shapes", image_size=64, context=16, schedule="squared_cosine", target="eps", loss="hybrid", uncond_p=0.2, batch_size=32,
+                             ema_decay=0.995, sampler="ddim", spacing="fast27", score_images=128, validation_images=128)
+
+
+@preset
+def glide_base_tiny() -> dict:
+    """GLIDE's base stage in small: captioned shapes at 64 px.
+
+    `papermill nbs/train.ipynb out.ipynb -p preset glide-base-tiny`; 2 CPU cores: about 8 minutes."""
+    return {**_TWIN, "model": "tiny-base", "steps": 1500}
+
+
+@preset
+def glide_inpaint_tiny() -> dict:
+    """GLIDE's inpainting in small: boxes, strokes and halves of drawn scenes are filled in.
+
+    `papermill nbs/train.ipynb out.ipynb -p preset glide-inpaint-tiny`; 2 CPU cores: about 5 minutes."""
+    return {**_TWIN, "model": "tiny-inpaint", "steps": 800}
+
+
+@preset
+def glide_upsample_tiny() -> dict:
+    """GLIDE's upsampler in small: drawn scenes from 64 to 256 px.
+
+    `papermill nbs/train.ipynb out.ipynb -p preset glide-upsample-tiny`; 2 CPU cores: about 6 minutes."""
+    small = dict(image_size=256, schedule="linear", uncond_p=0.0, guidance=1.0, batch_size=4, ema_decay=0.99, score_images=32, validation_images=32)
+    return {**_TWIN, **small, "model": "tiny-upsample", "steps": 500, "sample_every_steps": 250}
+
+
+@preset
+def noised_clip() -> dict:
+    """A CLIP that sees noised pictures, to steer the default model's sampling by (`difflit sample --clip`).
+
+    `papermill nbs/train.ipynb out.ipynb -p preset noised-clip`; 2 CPU cores: about 4 minutes."""
+    return dict(data="shapes", model="clip-tiny", steps=1500, batch_size=64, lr=2e-3, lr_scales="all=1", uncond_p=0.0, context=16, ema_decay=0.995)
+
+
+@preset
+def clean_clip() -> dict:
+    """A CLIP that sees pictures as they are, to steer by the guess of the picture, through cut-outs.
+
+    `papermill nbs/train.ipynb out.ipynb -p preset clean-clip`; 2 CPU cores: about 2 minutes."""
+    return {**noised_clip(), "task": "clip", "steps": 700}
 
 # %% ../nbs/00_config.ipynb #f82d678b
 def _complaint(error: ValidationError, cls: type[Settings]) -> str:

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'SPLITS', 'Encode', 'DataError', 'Skipped', 'Sample', 'Source', 'source', 'check_split', 'upright_rgb',
-           'square', 'image_tensor', 'to_images', 'Picture', 'caption_grid', 'collate', 'order', 'dropped', 'Loader']
+           'square', 'image_tensor', 'to_images', 'Picture', 'caption_grid', 'collate', 'order', 'dropped',
+           'random_crop', 'Loader']
 
 # %% ../nbs/10_data.ipynb #44be6ab7
 import io
@@ -250,7 +251,19 @@ def dropped(
     "Which captions are left out for classifier-free guidance. Source: Ho and Salimans 2021, algorithm 1."
     return uniform(seed, "caption dropout", positions) < uncond_p
 
-# %% ../nbs/10_data.ipynb #6dc10241
+# %% ../nbs/10_data.ipynb #c9292087
+def random_crop(
+    image: Image.Image,  # any mode, any size
+    share: float,  # smallest side of the cut, as a share of the picture's short side, 0…1
+    draws: Sequence[float],  # three numbers in 0…1: size, place across, place down
+) -> Image.Image:  # a square part of the picture
+    "Cut a random square out of a picture."
+    image = upright_rgb(image)
+    side = max(1, round(min(image.size) * (share + (1 - share) * draws[0])))
+    left, top = (round((length - side) * draw) for length, draw in zip(image.size, draws[1:]))
+    return image.crop((left, top, left + side, top + side))
+
+# %% ../nbs/10_data.ipynb #d1d1d2a5
 @dataclass
 class _BatchMaker:
     "This rank's part of the batch that begins at a position: a function of that position and of these settings."
@@ -264,7 +277,12 @@ class _BatchMaker:
     uncond_p: float
     encode: Encode | None
     flip: bool
+    crop: float
     cache: dict[int, Sample] | None  # prepared samples by index, where they are kept
+
+    def cut(self, image: Image.Image, position: int) -> Image.Image:
+        "The square of a picture that is used at a position."
+        return square(image if self.crop == 1 else random_crop(image, self.crop, uniform(self.seed, "crop", position, (3,))[0].tolist()), self.image_size)
 
     def fetch(self, index: int, position: int) -> Sample:
         "One sample, cut to its square; from memory where it is kept."
@@ -272,7 +290,7 @@ class _BatchMaker:
             return self.cache[index]
         try:
             sample = self.source[index]
-            sample = Sample(square(sample.image, self.image_size), sample.caption, sample.id, sample.metadata)
+            sample = Sample(self.cut(sample.image, position), sample.caption, sample.id, sample.metadata)
         except Exception as error:
             raise DataError(f"{self.source.name}: sample {index} (position {position} of the run) cannot be read: {error}") from error
         if self.cache is not None:
@@ -293,7 +311,17 @@ class _BatchMaker:
             batch["image"] = torch.where(mirrored, batch["image"].flip(-1), batch["image"])
         return batch
 
-# %% ../nbs/10_data.ipynb #50768987
+# %% ../nbs/10_data.ipynb #37130a61
+def _check_loader(source: Source, batch_size: int, rank: int, world: int, crop: float) -> None:
+    "Refuse what cannot be delivered."
+    if len(source) == 0:
+        raise DataError(f"{source.name} holds no samples")
+    if not 0 <= rank < world or batch_size < world:
+        raise ValueError(f"a batch of {batch_size} cannot be divided for rank {rank} of {world}")
+    if not 0 < crop <= 1:
+        raise ValueError(f"crop={crop} must lie in 0…1: the smallest share of the short side that a cut keeps")
+
+# %% ../nbs/10_data.ipynb #a375b754
 class Loader:
     "An endless sequence of batches, the same for any number of workers and ranks. Iterate over it; `close` it at the end."
 
@@ -311,15 +339,13 @@ class Loader:
         encode: Encode | None = None,  # captions → `tokens` and `mask`
         workers: int = 0,  # threads that prepare batches in advance; 0: inline
         flip: bool = False,  # mirror half of the images
+        crop: float = 1.0,  # smallest side of a random square cut, as a share of the short side; 1: the middle, uncut
         cache_bytes: int = 2**26,  # keep the pictures of a source ready in memory if all of them fit
     ):
         "Raises `DataError` if the source is empty, `ValueError` if a batch cannot be divided among the ranks."
-        if len(source) == 0:
-            raise DataError(f"{source.name} holds no samples")
-        if not 0 <= rank < world or batch_size < world:
-            raise ValueError(f"a batch of {batch_size} cannot be divided for rank {rank} of {world}")
-        cache: dict[int, Sample] | None = {} if len(source) * image_size**2 * 3 <= cache_bytes else None
-        self._make = _BatchMaker(source, batch_size, image_size, seed, rank, world, uncond_p, encode, flip, cache)
+        _check_loader(source, batch_size, rank, world, crop)
+        cache: dict[int, Sample] | None = {} if crop == 1 and len(source) * image_size**2 * 3 <= cache_bytes else None
+        self._make = _BatchMaker(source, batch_size, image_size, seed, rank, world, uncond_p, encode, flip, crop, cache)
         self.source, self.batch_size, self.position, self.workers = source, batch_size, position, workers
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="loader") if workers else None
         self._ahead, self._queue, self._closed = position, deque[Future](), False

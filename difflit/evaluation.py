@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['share_score', 'read_scenes', 'read_scene', 'judge_scene', 'alignment', 'DigitClassifier', 'train_digit_classifier',
-           'digit_agreement', 'nearest', 'gallery_of', 'nearest_caption_agreement', 'neighbour_figure']
+           'digit_agreement', 'psnr', 'mean_score', 'restoration', 'nearest', 'gallery_of', 'nearest_caption_agreement',
+           'neighbour_figure']
 
-# %% ../nbs/61_evaluation.ipynb #8ba79bdb
+# %% ../nbs/61_evaluation.ipynb #527db429
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -270,6 +271,47 @@ def digit_agreement(
     accuracy = f"; the classifier is right on {classifier.held_out['value']:.3f} of held-out scans" if classifier.held_out else ""
     right = sum(a == b for a, b in zip(seen, labels, strict=True))
     return {"digits.agreement": share_score(right, len(labels), f"digit classifier{accuracy}; Wilson 95 %")}
+
+# %% ../nbs/61_evaluation.ipynb #e23b0685
+def psnr(
+    images: Tensor,  # [N, C, H, W], in −1…1
+    truth: Tensor,  # the same shape
+    where: Tensor | None = None,  # [N, 1, H, W], 1 for pixels that count; None: all
+) -> Tensor:  # float64 [N], decibels; 100 at most
+    "Peak signal-to-noise ratio of each picture."
+    error, weight = (images.double() - truth.double()).square(), torch.ones_like(truth[:, :1]).double() if where is None else where.double()
+    mean = (error * weight).flatten(1).sum(1) / (weight.flatten(1).sum(1) * images.shape[1]).clamp(min=1)
+    return (10 * torch.log10(4 / mean.clamp(min=4e-10)))
+
+
+def mean_score(
+    values: Tensor,  # [N], one number per picture
+    protocol: str,  # how they came about, in words
+) -> dict[str, Any]:  # {value, low, high, n, protocol}
+    "A mean with its 95 % interval, by the normal distribution of means. Raises `ValueError` if there is nothing to average."
+    if not len(values):
+        raise ValueError("a mean needs at least one value")
+    value, half = float(values.double().mean()), 1.959964 * float(values.double().std(correction=len(values) > 1)) / math.sqrt(len(values))
+    return {"value": value, "low": value - half, "high": value + half, "n": len(values), "protocol": protocol}
+
+
+def restoration(
+    images: Tensor,  # [N, 3, S, S], what the network made
+    truth: Tensor,  # [N, 3, S, S], the true pictures
+    shown: Mapping[str, Tensor],  # what it was shown: `low_res`, or `inpaint_image` and `inpaint_mask`
+) -> dict[str, dict[str, Any]]:  # restoration.psnr, restoration.plain_psnr, and the gain picture by picture
+    "How well a network restores what it was not shown, and how well one can without a network."
+    if "low_res" in shown:
+        plain, hidden, way = F.interpolate(shown["low_res"], size=truth.shape[-2:], mode="bilinear", align_corners=False), None, "bilinear enlargement"
+    else:
+        mask = shown["inpaint_mask"]
+        mean = (truth * mask).flatten(2).sum(2) / mask.flatten(2).sum(2).clamp(min=1)
+        plain, hidden, way = mean[..., None, None].expand_as(truth), 1 - mask, "mean of the known pixels"
+    ours, theirs = psnr(images, truth, hidden), psnr(plain, truth, hidden)
+    over = "all pixels" if hidden is None else "erased pixels"
+    return {"restoration.psnr": mean_score(ours, f"dB over {over}; normal 95 %"),
+            "restoration.plain_psnr": mean_score(theirs, f"dB of {way} over {over}; normal 95 %"),
+            "restoration.gain": mean_score(ours - theirs, f"dB above {way}, picture by picture; normal 95 %")}
 
 # %% ../nbs/61_evaluation.ipynb #b850aa57
 @torch.no_grad()

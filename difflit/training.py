@@ -73,7 +73,7 @@ class EMA:
         for mine, theirs in zip(self.model.buffers(), model.buffers()):
             mine.copy_(theirs)
 
-# %% ../nbs/45_training.ipynb #4d0157ae
+# %% ../nbs/45_training.ipynb #10ef3fce
 @dataclass
 class TrainState:
     "What moves during training."
@@ -96,8 +96,7 @@ class TrainState:
 
 def _kind(name: str, parameter: Tensor, tables: set, scales: Mapping[str, float]) -> tuple[float, bool]:
     "Learning-rate scale and whether weights decay, for one parameter."
-    scale = next((s for prefix, s in scales.items() if name.startswith(prefix)), 1.0)
-    return scale, parameter.ndim >= 2 and parameter not in tables and "embedding" not in name
+    return scales.get(name, 1.0), parameter.ndim >= 2 and parameter not in tables and "embedding" not in name
 
 
 def make_optimizer(
@@ -105,14 +104,16 @@ def make_optimizer(
     lr: float = 1e-4,  # peak rate
     weight_decay: float = 0.01,  # decoupled, on matrices alone
     beta2: float = 0.99,  # of the second moment
-    scales: Mapping[str, float] | None = None,  # factor on the rate by the beginning of a parameter's name
+    scales: Mapping[str, float] | None = None,  # factor on the rate by a parameter's name
 ) -> torch.optim.AdamW:  # fused
-    "AdamW with decay on weight matrices and kernels only: norms, biases and embeddings are not pulled to zero. Source: Loshchilov and Hutter 2019."
+    "AdamW; norms, biases and embeddings do not decay. Source: Loshchilov and Hutter 2019. Raises `ValueError` if nothing trains."
     tables = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups.setdefault(_kind(name, parameter, tables, scales or {}), []).append(parameter)
+    if not groups:
+        raise ValueError("every weight is frozen: nothing would train")
     ordered = sorted(groups.items(), key=lambda g: g[0], reverse=True)  # the order is part of a checkpoint
     options = [{"params": p, "lr_scale": scale, "weight_decay": weight_decay if decays else 0.0} for (scale, decays), p in ordered]
     return torch.optim.AdamW(options, lr=lr, betas=(0.9, beta2), fused=True)
@@ -169,14 +170,14 @@ def forward_backward(
         losses.append(TaskLoss(result.loss.detach(), result.raw, result.times))
     return losses
 
-# %% ../nbs/45_training.ipynb #c497f050
+# %% ../nbs/45_training.ipynb #46a13bee
 def update_weights(
     state: TrainState,  # with gradients
     lr: float,  # of this update
-    clip_norm: float,  # largest norm of the whole gradient
+    clip_norm: float,  # largest norm of the whole gradient; 0 clips nothing
 ) -> Tensor:  # the norm before clipping
     "Clip, step, average. What steps, steps here."
-    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), clip_norm)
+    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), clip_norm or math.inf)
     for group in state.optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
     state.optimizer.step()

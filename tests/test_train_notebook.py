@@ -100,3 +100,28 @@ def test_an_empty_folder_is_an_error(tmp_path):
     done, run, _ = papermill(tmp_path, preset="folder", data=tmp_path / "nothing")
     assert done.returncode != 0 and status(run)["state"] == "failed"
     assert "nothing" in status(run)["reason"]
+
+
+KINDS = [("glide-base-tiny", "alignment.colour"), ("glide-inpaint-tiny", "restoration.psnr"), ("glide-upsample-tiny", "restoration.gain"),
+         ("noised-clip", "found.at_0.5")]
+
+
+@pytest.mark.parametrize("preset, scores", KINDS)
+def test_other_kinds_leave_a_report(tmp_path, preset, scores):
+    """An upsampler, a network that fills in, and one that only looks go through the same notebook to the end."""
+    done, run, report = papermill(tmp_path, preset=preset, steps=2, spacing="trailing", batch_size=4, score_images=16)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert status(run)["state"] == "done"
+    assert scores in json.loads((run / "scores.json").read_text())
+    outputs = [o for c in json.loads(report.read_text())["cells"] for o in c.get("outputs", [])]
+    assert not [o for o in outputs if o["output_type"] == "error"]
+
+
+def test_steps_0_only_looks(tmp_path):
+    """A run of no steps measures given weights and writes the report."""
+    done, run, _ = papermill(tmp_path, score_images=0)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (tmp_path / "again").mkdir()
+    again, looked, _ = papermill(tmp_path / "again", steps=0, init_from=run, score_images=8)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert status(looked)["state"] == "done" and "alignment.colour" in json.loads((looked / "scores.json").read_text())
