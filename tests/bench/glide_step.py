@@ -18,7 +18,7 @@ What is compared:
   unless `--whole` is given, this part takes one residual block per level instead of three and four layers of text instead of sixteen. Widths, which
   decide how kernels perform, stay;
 - *sample*: one picture per prompt, 27 steps of DDIM ("fast27"), guidance 3 with both branches in one batch (the upsamplers without guidance). The
-  original as in its notebooks, with its text cache; difflit by `difflit.samplers.sample` inside `model.prepared(dtype)`. The original's notebooks
+  original as in its notebooks, with its text cache; difflit by `difflit.samplers.sample`, which uses `model.prepared(dtype)`. The original's notebooks
   compute in fp32 where there is no GPU, so the last line also compares difflit in bf16 with that.
 """
 
@@ -266,9 +266,8 @@ def draw_samples(arguments, device, rate) -> None:
 
     def ours(dtype):
         def draw():
-            with torch.inference_mode(), mine.prepared(dtype):
-                sample(mine, diffusion, given, seeds=range(count), shape=(3, side, side), sampler="ddim", spacing=arguments.spacing, guidance=guidance,
-                       unconditional=empty, clamp=1.0, temperature=0.997 if config.super_resolution else 1.0)
+            sample(mine, diffusion, given, seeds=range(count), shape=(3, side, side), sampler="ddim", spacing=arguments.spacing, guidance=guidance,
+                   unconditional=empty, clamp=1.0, temperature=0.997 if config.super_resolution else 1.0, autocast=dtype)
 
         return draw
 
