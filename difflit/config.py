@@ -246,34 +246,36 @@ def glide_upsample() -> dict:
     upsampling = dict(image_size=256, schedule="linear", uncond_p=0.0, guidance=1.0, sampler="ddim", spacing="fast27", sampler_steps=None, batch_size=4)
     return {**_GLIDE, **upsampling, "model": "upsample", "init_from": "upsample"}
 
-# %% ../nbs/00_config.ipynb #de206742
-_TWIN: dict[str, Any] = dict(data="shapes", image_size=64, context=16, schedule="squared_cosine", target="eps", loss="hybrid", uncond_p=0.2, batch_size=32,
-                             ema_decay=0.995, sampler="ddim", spacing="fast27", score_images=128, validation_images=128)
+# %% ../nbs/00_config.ipynb #88beeee0
+_TWIN: dict[str, Any] = dict(data="shapes", image_size=64, context=16, time_shift=5.0, batch_size=32, ema_decay=0.995, score_images=128, validation_images=128)
 
 
 @preset
 def glide_base_tiny() -> dict:
     """GLIDE's base stage in small: captioned shapes at 64 px.
 
-    `papermill nbs/train.ipynb out.ipynb -p preset glide-base-tiny`; 2 CPU cores: about 8 minutes."""
-    return {**_TWIN, "model": "tiny-base", "steps": 1500}
+    `papermill nbs/train.ipynb out.ipynb -p preset glide-base-tiny`; one CPU core: 13 minutes and a minute of scoring; colour of
+    held-out captions ≥ 0.95, position ≥ 0.95, shape ≥ 0.70."""
+    return {**_TWIN, "model": "tiny-base", "steps": 1000}
 
 
 @preset
 def glide_inpaint_tiny() -> dict:
     """GLIDE's inpainting in small: boxes, strokes and halves of drawn scenes are filled in.
 
-    `papermill nbs/train.ipynb out.ipynb -p preset glide-inpaint-tiny`; 2 CPU cores: about 5 minutes."""
-    return {**_TWIN, "model": "tiny-inpaint", "steps": 800}
+    `papermill nbs/train.ipynb out.ipynb -p preset glide-inpaint-tiny`; one CPU core: 8 minutes and a minute of scoring;
+    erased pixels ≥ 3 dB nearer to the truth than the mean of the known ones."""
+    return {**_TWIN, "model": "tiny-inpaint", "time_shift": 3.0, "guidance": 2.0, "steps": 600}
 
 
 @preset
 def glide_upsample_tiny() -> dict:
     """GLIDE's upsampler in small: drawn scenes from 64 to 256 px.
 
-    `papermill nbs/train.ipynb out.ipynb -p preset glide-upsample-tiny`; 2 CPU cores: about 6 minutes."""
-    small = dict(image_size=256, schedule="linear", uncond_p=0.0, guidance=1.0, batch_size=4, ema_decay=0.99, score_images=32, validation_images=32)
-    return {**_TWIN, **small, "model": "tiny-upsample", "steps": 500, "sample_every_steps": 250}
+    `papermill nbs/train.ipynb out.ipynb -p preset glide-upsample-tiny`; 2 CPU cores: 6 minutes; 3 dB or more above
+    bilinear enlargement (4.0 measured)."""
+    small = dict(image_size=256, schedule="linear", target="x0", sampler="ddim", spacing="fast27", guidance=1.0, uncond_p=0.0, time_shift=None)
+    return {**_TWIN, **small, "model": "tiny-upsample", "patch_size": 64, "steps": 900, "sample_every_steps": 450, "score_images": 32}
 
 
 @preset

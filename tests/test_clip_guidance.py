@@ -28,8 +28,8 @@ def weak(tmp_path_factory):
 
 
 def agreement(job, captions, steer=None):
-    """Share of what each caption asks for that is in its picture, [N]; without classifier-free guidance."""
-    images = draw(job.state.ema.model, job.diffusion, job.tokenizer, captions, 32, guidance=1.0, precision=job.state.precision, steer=steer)
+    """Share of what each caption asks for that is in its picture, [N]; with half of the text's own influence."""
+    images = draw(job.state.ema.model, job.diffusion, job.tokenizer, captions, 32, guidance=0.5, precision=job.state.precision, steer=steer)
     seen = [scene for part in images.split(128) for scene in read_scenes(part)]
     votes = [judge_scene(parse_caption(caption), scene) for caption, scene in zip(captions, seen, strict=True)]
     each = [[v for name, many in vote.items() if name != "all" for v in many] for vote in votes]
