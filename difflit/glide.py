@@ -664,7 +664,7 @@ def _paint(model: Glide, x: Tensor, emb: Tensor, sequence: Tensor) -> Tensor:
     h = model.out[2](h)
     return h.to(torch.promote_types(h.dtype, torch.float32))
 
-# %% ../nbs/31_glide.ipynb #b2af433e
+# %% ../nbs/31_glide.ipynb #17f50172
 def _frozen(layer: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     "A layer's answer, with copies of its weights."
     weight, bias = (p.detach().to(dtype) for p in layer.parameters())
@@ -700,8 +700,6 @@ def _replaced(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
         for name, layer in model.named_modules():
             if isinstance(layer, AttentionBlock):
                 replace_by(layer, "read", _remembering(layer.read))
-            elif dtype is None and "forward" in layer.__dict__:
-                continue  # an outer block has cast it already
             elif isinstance(layer, (_Convolution, _Pointwise, nn.Linear)) and name.split(".")[0] not in ("time_embed", "out"):
                 replace_by(layer, "forward", _frozen(layer, dtype or next(layer.parameters()).dtype))
         yield
