@@ -71,7 +71,7 @@ class Settings(BaseModel):
                 read[name] = value
         return read
 
-# %% ../nbs/00_config.ipynb #3010bef7
+# %% ../nbs/00_config.ipynb #e6dddf13
 class RunSettings(Settings):
     "What every kind of run has."
 
@@ -88,12 +88,25 @@ class RunSettings(Settings):
 class DataSettings(RunSettings):
     "What is trained on, and how it is handed over."
 
-    data: str = Field("shapes", description="shapes, digits, emoji, or the path of a folder with images and captions")
+    data: str = Field("shapes", description="shapes, digits, emoji, a folder of images with captions, tars (x/{000..099}.tar), or a mixture: 0.7*a + 0.3*b")
     image_size: int = Field(32, ge=8, le=1024, description="pixels along a side")
     limit: int | None = Field(None, ge=1, description="use only so many training samples (None: all)")
     uncond_p: float = Field(0.1, ge=0, le=1, description="share of captions dropped, for classifier-free guidance")
-    crop: float = Field(1.0, gt=0, le=1, description="smallest side of a random square cut, as a share of the short side; 1: the middle, uncut")
+    select: str = Field("", description="of tars: what is kept, such as: punsafe < 0.5 and similarity > 0.28 and short_side > 63")
+    unique: Literal["none", "exact", "near"] = Field("none", description="of tars: leave out copies of a picture, exact or nearly so")
+    layout: str = Field("auto", description="of tars: auto, laion, alamy, synthetic, or endings such as jpg;png,txt,json")
+    columns: str = Field("", description="of tars: further keys of the JSON metadata to index, comma between, for select and balance")
+    stage_dir: str | None = Field(None, description="of tars: copy them into this folder on the node's own disk first")
+    balance: str = Field("", description="metadata key whose classes are drawn equally often, or in the shares written behind it")
+    crop: float = Field(1.0, gt=0, le=1, description="smallest side of a random cut, as a share of the largest that fits; 1: the middle, uncut")
     flip: bool = Field(False, description="mirror half of the images (never where captions say left or right)")
+    jitter: float = Field(0.0, ge=0, le=1, description="strength of random changes of brightness, contrast, saturation and hue")
+    trim: bool = Field(False, description="cut white borders off first")
+    buckets: bool = Field(False, description="train on pictures of several shapes of equal area, a shape for each batch")
+    drop_last: bool = Field(False, description="give up what does not fill a batch at an epoch's end (else batches straddle epochs)")
+    block: int = Field(0, ge=0, description="neighbours in a tar that stay near one another in time, for slow storage; 0: a full shuffle")
+    bad_samples: float = Field(0.01, ge=0, le=1, description="share of the data that may turn out damaged before the run stops")
+    decoder: Literal["auto", "simplejpeg", "cv2", "draft", "pil"] = Field("auto", description="library that decodes JPEGs; auto: the fastest that is installed")
     workers: int | None = Field(None, ge=0, le=64, description="threads that prepare batches ahead (None: 4 beside a GPU, else 0)")
     context: int = Field(32, ge=4, le=512, description="tokens of a caption; longer ones are cut with a warning")
     tokenizer: Literal["auto", "trimmed", "clip", "glide"] = Field("auto", description="auto: of the given weights, else cut down to the captions (trimmed)")
@@ -127,7 +140,7 @@ class ModelSettings(DataSettings):
             raise ValueError("target=eps says nothing about the image at zero signal; with zero_terminal_snr use target=v or x0")
         return self
 
-# %% ../nbs/00_config.ipynb #57b5993e
+# %% ../nbs/00_config.ipynb #66395b7a
 class TrainSettings(ModelSettings):
     "All settings of `nbs/train.ipynb`."
 
@@ -137,7 +150,7 @@ class TrainSettings(ModelSettings):
     accumulate: int = Field(1, ge=1, description="micro-batches per weight update on each device")
     lr: float = Field(2e-3, gt=0, lt=10, description="peak learning rate")
     train_parts: str = Field("all", description="what trains, the rest is frozen: all, unet, text, attention, cross, … or name patterns; -part takes away")
-    lr_scales: str = Field("text=0.1,transformer_proj=1", description="factors on the learning rate, as part=factor, comma between")
+    lr_scales: str = Field("text=0.1,transformer_proj=1", description="factors on the learning rate, a part and its factor each, comma between")
     reinit: str | None = Field(None, description="parts or name patterns that start from fresh weights although init_from is given")
     text_cache_mb: int = Field(512, ge=0, description="memory for what a frozen text tower says, 10⁶ bytes; 0: ask it every time")
     warmup_steps: int | None = Field(None, ge=0, description="steps of rising learning rate (None: a tenth of all)")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'TABLES', 'walk', 'Row', 'read_table', 'Look', 'inspect_image', 'Entry', 'FolderSource']
 
-# %% ../nbs/11_folders.ipynb #0d304fd1
+# %% ../nbs/11_folders.ipynb #1d3e9eb8
 import csv
 import hashlib
 import io
@@ -19,9 +19,10 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from .data import DataError, Sample, Skipped, Source, check_split, upright_rgb
+from .data import DataError, Encoded, Sample, Skipped, Source, check_split, upright_rgb
 from .files import digest_bytes
 
 # %% ../nbs/11_folders.ipynb #11db4a6a
@@ -122,14 +123,14 @@ def read_table(
     rows = [_row(record, where) for record, where in records]
     return [r for r in rows if isinstance(r, Row)], bad + [r for r in rows if isinstance(r, Skipped)]
 
-# %% ../nbs/11_folders.ipynb #340a66d3
+# %% ../nbs/11_folders.ipynb #492e4290
 @dataclass(frozen=True)
 class Look:
     "What was seen of an image file."
 
     digest: str  # SHA-256 of the file
-    width: int  # pixels, before any EXIF rotation
-    height: int  # pixels
+    width: int  # pixels, once upright
+    height: int  # pixels, once upright
     mode: str  # Pillow's
     why: str | None  # why it cannot be used (None: it can)
 
@@ -143,6 +144,8 @@ def inspect_image(
         content = path.read_bytes()
         with Image.open(io.BytesIO(content)) as image:
             (width, height), mode = image.size, image.mode
+            if image.getexif().get(0x0112, 1) >= 5:  # a phone's picture, stored lying on its side
+                width, height = height, width
             most = Image.MAX_IMAGE_PIXELS
             if most and width * height > most:
                 why = f"{width} × {height} pixels, more than Image.MAX_IMAGE_PIXELS = {most}: a decompression bomb?"
@@ -204,7 +207,7 @@ def _tabled(root: Path, files: set[str]) -> tuple[dict[str, Row], list[Skipped]]
                 found[name] = replace(row, captions=before + row.captions)
     return found, bad
 
-# %% ../nbs/11_folders.ipynb #61d3dcb6
+# %% ../nbs/11_folders.ipynb #82f17aae
 def _hold_out(entries: list[Entry]) -> list[Entry]:
     "Move a twentieth of the training pictures to validation, if nothing is there."
     train = [e for e in entries if e.split == "train"]
@@ -213,6 +216,11 @@ def _hold_out(entries: list[Entry]) -> list[Entry]:
     lots = {e.id: hashlib.blake2b(e.id.encode(), key=b"difflit validation", digest_size=8).digest() for e in train}
     out = {i for i, lot in lots.items() if int.from_bytes(lot) * 20 >> 64 == 0} or {min(lots, key=lambda i: lots[i])}
     return [replace(e, split="validation") if e.id in out and len(out) < len(train) else e for e in entries]
+
+
+def _metadata(entry: Entry) -> dict[str, Any]:
+    "What a folder knows of a picture besides its caption."
+    return {"captions": entry.captions, "width": entry.look.width, "height": entry.look.height, "mode": entry.look.mode}
 
 
 @lru_cache(maxsize=4)
@@ -241,7 +249,18 @@ def _index(root: Path, stamp: str) -> tuple[tuple[Entry, ...], tuple[Skipped, ..
             entries.append(Entry(p, captions[p], split, look))  # type: ignore[arg-type]
     return tuple(_hold_out(entries)), tuple(sorted(skipped, key=lambda s: s.where)), len(names)
 
-# %% ../nbs/11_folders.ipynb #091c4a70
+# %% ../nbs/11_folders.ipynb #ab85c8c0
+def _nothing(source: "FolderSource", usable: int, count: int) -> DataError:
+    "What is missing, in words."
+    if usable:
+        return DataError(f"{source.root}: none of the {usable} usable pictures belongs to the split {source.split!r}; "
+                         f"put some into a sub-folder {source.split}/ or name it in a column `split`")
+    listed = "".join(f"\n  {s.where}: {s.why}" for s in source.skipped[:8])
+    more = f"\n  … and {len(source.skipped) - 8} more" if len(source.skipped) > 8 else ""
+    return DataError(f"{source.root}: no picture with a caption among {count} files. Looked for images ({', '.join(IMAGE_SUFFIXES[:5])} "
+                     f"…) with a .txt of the same name beside them, or {', '.join(TABLES)}.{' Skipped:' if listed else ''}{listed}{more}")
+
+# %% ../nbs/11_folders.ipynb #1dcb4a70
 class FolderSource(Source):
     "A tree of images with captions in `.txt` twins, `captions.json`, `metadata.jsonl` or `metadata.csv`."
 
@@ -267,17 +286,7 @@ class FolderSource(Source):
         chosen = [e for e in entries if e.split == split]
         self.entries = sorted(sorted(chosen, key=lambda e: digest_bytes(e.id))[:limit], key=lambda e: e.id)
         if not self.entries:
-            self._nothing(len(entries), count)
-
-    def _nothing(self, usable: int, count: int) -> None:
-        "Say what is missing."
-        if usable:
-            raise DataError(f"{self.root}: none of the {usable} usable pictures belongs to the split {self.split!r}; "
-                            f"put some into a sub-folder {self.split}/ or name it in a column `split`")
-        listed = "".join(f"\n  {s.where}: {s.why}" for s in self.skipped[:8])
-        more = f"\n  … and {len(self.skipped) - 8} more" if len(self.skipped) > 8 else ""
-        raise DataError(f"{self.root}: no picture with a caption among {count} files. Looked for images ({', '.join(IMAGE_SUFFIXES[:5])} "
-                        f"…) with a .txt of the same name beside them, or {', '.join(TABLES)}.{' Skipped:' if listed else ''}{listed}{more}")
+            raise _nothing(self, len(entries), count)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -291,8 +300,17 @@ class FolderSource(Source):
                 picture.load()
         except Exception as error:
             raise DataError(f"{entry.id}: {error}") from error
-        metadata = {"captions": entry.captions, "width": entry.look.width, "height": entry.look.height, "mode": entry.look.mode}
-        return Sample(picture, entry.captions[0], entry.id, metadata)
+        return Sample(picture, entry.captions[0], entry.id, _metadata(entry))
+
+    def encoded(self, index: int, metadata: bool = True) -> Encoded:
+        entry = self.entries[self._checked(index)]
+        return Encoded((self.root / entry.id).read_bytes(), entry.captions[0], entry.id, _metadata(entry))
+
+    def sizes(self) -> np.ndarray:
+        return np.array([(e.look.width, e.look.height) for e in self.entries], np.int32).reshape(-1, 2)
+
+    def describe(self) -> dict[str, Any]:
+        return {e.id: {"sha256": e.look.digest, "captions": list(e.captions)} for e in self.entries}
 
     def captions(self, limit: int = 10_000) -> list[str]:
         return [e.captions[0] for e in self.entries[:limit]]

@@ -111,8 +111,8 @@ def integers(
         raise ValueError(f"integers: high must be in 1…2**31, not {high}")
     return ((bits(seed, purpose, positions, math.prod(shape), device) * high) >> 32).reshape(-1, *shape)
 
-# %% ../nbs/02_randomness.ipynb #72a1c1f0
-def _feistel(values: Tensor, key: tuple[int, int], half_bits: int, rounds: int = 6) -> Tensor:
+# %% ../nbs/02_randomness.ipynb #b824ee7d
+def _feistel(values: Tensor, key: tuple, half_bits: int, rounds: int = 6) -> Tensor:
     "One-to-one scrambling of integers of 2·half_bits bits; Philox is the round function."
     mask = (1 << half_bits) - 1
     left, right = values >> half_bits, values & mask
@@ -125,7 +125,7 @@ def _feistel(values: Tensor, key: tuple[int, int], half_bits: int, rounds: int =
 
 def permute(
     seed: int,  # the run's seed
-    purpose: str,  # names the permutation, such as "order 3" for the fourth epoch
+    purpose: str | Sequence[str],  # names the permutation, such as "order 3" for the fourth epoch; or a name for each index
     indices: int | Sequence[int] | Tensor,  # places in the order, each in 0…n−1
     n: int,  # length of the permutation, 1…2⁶⁰
 ) -> Tensor:  # int64, the element at each place; one-dimensional
@@ -134,10 +134,14 @@ def permute(
     if len(values) and not (0 <= int(values.min()) and int(values.max()) < n):
         raise IndexError(f"permute: indices {int(values.min())}…{int(values.max())} do not lie in 0…{n - 1}")
     half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
-    key = stream_key(seed, purpose)
     todo = torch.arange(len(values), device=values.device)
+    if isinstance(purpose, str):
+        key: tuple = stream_key(seed, purpose)
+    else:
+        key = tuple(torch.tensor([stream_key(seed, p) for p in purpose], dtype=torch.int64, device=values.device).reshape(-1, 2).T)
     while len(todo):
-        values[todo] = _feistel(values[todo], key, half_bits)
+        here = key if isinstance(purpose, str) else (key[0][todo], key[1][todo])
+        values[todo] = _feistel(values[todo], here, half_bits)
         todo = todo[values[todo] >= n]
     return values
 

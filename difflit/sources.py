@@ -6,9 +6,9 @@
 __all__ = ['SHAPES', 'COLOURS', 'BACKGROUNDS', 'CANVAS', 'POSITIONS', 'RELATIONS', 'DIGIT_WORDS', 'EMOJI_FONT', 'Thing', 'Scene',
            'size_word', 'position_word', 'relation_word', 'scene_caption', 'parse_caption', 'shape_mask',
            'render_scene', 'scene_split', 'draw_scene', 'ShapesSource', 'digit_of', 'DigitsSource', 'emoji_points',
-           'make_emoji_tar', 'spread', 'EmojiSource', 'open_source']
+           'make_emoji_tar', 'spread', 'EmojiSource']
 
-# %% ../nbs/12_sources.ipynb #0e8ffb45
+# %% ../nbs/12_sources.ipynb #610ce5c2
 import hashlib
 import io
 import re
@@ -22,10 +22,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .config import nearest
-from .data import SOURCES, DataError, Sample, Source, check_split, source
+from .data import DataError, Sample, Source, check_split, source
 from .files import atomic_write, digest_bytes
-from .folders import FolderSource
 from .randomness import generator
 
 # %% ../nbs/12_sources.ipynb #49b54a50
@@ -478,21 +476,3 @@ class EmojiSource(Source):
 
     def digest(self) -> str:
         return digest_bytes(b"".join(f"{key} {caption}\n".encode() + jpeg for key, caption, jpeg in self._glyphs))
-
-# %% ../nbs/12_sources.ipynb #2c2c49ea
-def open_source(
-    name: str | Path,  # a registered name, or the path of a folder
-    *,
-    split: str = "train",  # train, validation or test
-    seed: int = 0,  # for sources that draw
-    image_size: int = 32,  # pixels along a side, for sources that can make or read images in that size
-    limit: int | None = None,  # at most so many samples
-) -> Source:  # ready to be read
-    "Open a source by name, or a folder. Raises `DataError` that says what would be right."
-    if str(name) in SOURCES:
-        return SOURCES[str(name)](split=split, seed=seed, image_size=image_size, limit=limit)
-    if not str(name).strip():
-        raise DataError(f"data is empty: give the path of a folder with images and captions, or one of {', '.join(sorted(SOURCES))}")
-    if not Path(name).expanduser().is_dir():
-        raise DataError(f"data={str(name)!r} is neither an existing folder nor a source of that name{nearest(str(name), SOURCES)}")
-    return FolderSource(name, split=split, seed=seed, image_size=image_size, limit=limit)

@@ -7,7 +7,7 @@ __all__ = ['LOOP_COLUMNS', 'warmup_cosine', 'EMA', 'TrainState', 'make_optimizer
            'forward_backward', 'update_weights', 'Hook', 'TrainingError', 'memory_gb', 'train', 'save_state',
            'load_state']
 
-# %% ../nbs/45_training.ipynb #7341c6ae
+# %% ../nbs/45_training.ipynb #844ca705
 import contextlib
 import copy
 import logging
@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from .checkpoints import Checkpoint, CheckpointError, pack_optimizer, save_checkpoint, unpack_optimizer
+from .data import as_numbers
 from .precision import Precision
 from .randomness import stream_key
 from .tasks import Task, TaskLoss
@@ -118,7 +119,7 @@ def make_optimizer(
     options = [{"params": p, "lr_scale": scale, "weight_decay": weight_decay if decays else 0.0} for (scale, decays), p in ordered]
     return torch.optim.AdamW(options, lr=lr, betas=(0.9, beta2), fused=True)
 
-# %% ../nbs/45_training.ipynb #396b5726
+# %% ../nbs/45_training.ipynb #3971196a
 def split_batch(
     batch: Mapping[str, Any],  # tensors and lists with B entries each
     parts: int,  # how many micro-batches
@@ -134,11 +135,11 @@ def split_batch(
 def to_device(
     batch: Mapping[str, Any],  # from the loader
     device: torch.device,  # where the model is
-) -> dict[str, Any]:  # images channels_last, as convolutions like them
-    "Move a batch's tensors."
+) -> dict[str, Any]:  # images as numbers and channels_last, as convolutions like them
+    "Move a batch's tensors; images that are still bytes become numbers there."
     moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
     if "image" in moved:
-        moved["image"] = moved["image"].contiguous(memory_format=torch.channels_last)
+        moved["image"] = as_numbers(moved["image"]).contiguous(memory_format=torch.channels_last)
     return moved
 
 # %% ../nbs/45_training.ipynb #795ffe93

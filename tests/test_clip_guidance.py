@@ -8,7 +8,8 @@ from difflit.evaluation import judge_scene, read_scenes
 from difflit.generation import clip_steering, draw
 from difflit.recipes import prepare, train_job
 from difflit.runs import finish, open_run
-from difflit.sources import open_source, parse_caption
+from difflit.loading import open_source
+from difflit.sources import parse_caption
 
 COUNT = 256
 

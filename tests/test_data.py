@@ -10,9 +10,10 @@ import pytest
 import torch
 from conftest import CAPTIONS, photograph, save
 
-from difflit.data import DataError, Loader, Sample
+from difflit.data import DataError, Sample
 from difflit.folders import FolderSource
-from difflit.sources import ShapesSource, open_source
+from difflit.loading import Loader, open_source
+from difflit.sources import ShapesSource
 
 
 

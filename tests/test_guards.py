@@ -9,13 +9,13 @@ import torch
 from conftest import TINY
 
 from difflit.config import SettingsError
-from difflit.data import Loader, Sample, Source
+from difflit.data import Sample, Source
 from difflit.diffusion import Diffusion
 from difflit.generation import draw, generate
 from difflit.recipes import prepare, preview_prompts, save_job, train_job
 from difflit.runs import fail, finish, open_run, read_status
 from difflit.samplers import sample
-from difflit.sources import open_source
+from difflit.loading import Loader, open_source
 
 
 @pytest.fixture(scope="module")

@@ -93,6 +93,16 @@ def test_run_notebooks_are_parametrised():
         assert all(not c.get("outputs") for c in cells(path)), f"{path.name} is committed without outputs"
 
 
+def test_papermill_understands_every_parameter():
+    """What papermill cannot parse it calls unknown, and leaves out of --help-notebook: an equals sign in a comment is enough."""
+    from papermill.translators import PythonTranslator
+
+    from difflit.config import TrainSettings, parameters_cell
+
+    known = {parameter.name for parameter in PythonTranslator.inspect({"source": parameters_cell()})}
+    assert known == set(TrainSettings.model_fields)
+
+
 def test_parameters_of_train_are_the_settings():
     from difflit.config import parameters_cell
 

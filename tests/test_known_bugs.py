@@ -13,7 +13,7 @@ from conftest import TINY, photograph, save
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from torch import Tensor, nn
 
-from difflit.data import DataError, Loader
+from difflit.data import DataError
 from difflit.diffusion import Diffusion
 from difflit.folders import FolderSource
 from difflit.glide import AttentionBlock, Glide, ResidualBlock, create_glide
@@ -23,7 +23,7 @@ from difflit.randomness import normal
 from difflit.recipes import prepare, train_job
 from difflit.runs import finish, open_run
 from difflit.samplers import SAMPLERS, ddim, euler, get_sampler, per_sample_noise, sample, sigma_steps
-from difflit.sources import open_source
+from difflit.loading import Loader, open_source
 from difflit.tasks import TextToImage
 from difflit.text import TextCache, encode_rows
 from difflit.training import EMA, TrainState, make_optimizer, train

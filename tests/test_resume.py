@@ -99,7 +99,7 @@ def test_a_resumed_run_cannot_change_its_data(tmp_path):
 
     run(tmp_path / "run", stop_after=4)
     opened = open_run({"run_dir": str(tmp_path / "run"), "resume": "auto", "data": "digits", "image_size": 32})
-    with pytest.raises(CheckpointError, match="was made with data="):
+    with pytest.raises(CheckpointError, match="the data are not the same any more"):
         prepare(opened)
     finish(opened)
 
