@@ -44,6 +44,8 @@ slow: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python tests/bench/train_step.py
+	$(BIN)/python tests/bench/index_rate.py
+	$(BIN)/python tests/bench/loading.py --only webdataset-pil webdataset decode
 
 readme: $(STAMP)
 	$(BIN)/python tests/build_readme.py

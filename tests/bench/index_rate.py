@@ -6,6 +6,10 @@ reading with a bare `pread` of the same bytes in the same order. All take turns 
 counts for little. Prints samples a second on one core, and how many times faster difflit is: medians over the rounds with their spread.
 
     OMP_NUM_THREADS=1 python tests/bench/index_rate.py [--rounds 9] [--tars 4] [--samples 1000] [--folder /tmp/…]
+
+Measured on one of 2 cores of an AMD EPYC, medians (lowest…highest) of 9 rounds: `scan_shard` 32,058 samples/s (14,110…34,909), 5.92 (2.60…6.92) times the
+obvious loop and 4.45 (1.92…4.71) times the library; `index_shards`, joined and written, once: 27,070; `read` 111,966 (108,733…114,332), 0.73 (0.72…0.78) of a
+bare `pread`; with metadata 86,568 (84,832…89,878).
 """
 
 import argparse
