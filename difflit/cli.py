@@ -268,14 +268,14 @@ def shards_write_command(
 
     typer.echo(str(write_shards(open_source(data, split=split, limit=limit), out, name=split, samples_per_shard=samples, progress=sys.stderr.isatty())))
 
-# %% ../nbs/80_cli.ipynb #8ba9ae8b
+# %% ../nbs/80_cli.ipynb #48e6acf4
 @shards.command("repack")
 def shards_repack_command(
     paths: Paths,
     out: Annotated[str, typer.Option("--out", help="folder for the new tars")],
     image_size: Annotated[int, typer.Option(min=8, help="pixels along a side in training")] = 64,
     factor: Annotated[float, typer.Option(min=1, help="short side that is kept, in training sizes")] = 2.0,
-    quality: Annotated[int, typer.Option(min=50, max=100, help="of the JPEGs")] = 92,
+    quality: Annotated[int, typer.Option(min=50, max=100, help="of the JPEGs")] = 90,
     picture: Annotated[str | None, typer.Option(help="a PNG that shows what it cost")] = None,
     layout: TarLayout = "auto",
 ) -> None:

@@ -6,16 +6,16 @@
 __all__ = ['PRESETS', 'SettingsError', 'nearest', 'Settings', 'RunSettings', 'DataSettings', 'ModelSettings', 'TrainSettings',
            'preset', 'shapes', 'digits', 'emoji', 'folder', 'glide_base', 'glide_inpaint', 'glide_upsample',
            'glide_base_tiny', 'glide_inpaint_tiny', 'glide_upsample_tiny', 'noised_clip', 'clean_clip', 'read_settings',
-           'resolve', 'notebook_parameters', 'settings_yaml', 'settings_table', 'parameters_cell']
+           'what_is_given', 'resolve', 'notebook_parameters', 'settings_yaml', 'settings_table', 'parameters_cell']
 
-# %% ../nbs/00_config.ipynb #9862cf5c
+# %% ../nbs/00_config.ipynb #2acafd7f
 import ast
 import difflib
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -36,7 +36,7 @@ def nearest(
         return "; did you mean " + " or ".join(repr(c) for c in close) + "?"
     return "; valid are " + ", ".join(valid)
 
-# %% ../nbs/00_config.ipynb #08973d02
+# %% ../nbs/00_config.ipynb #f7b5d01d
 def _plain(value: Any, numbers: bool = True) -> Any:
     "What a string of papermill's or YAML's plainly means: nothing, or a number where the field is one."
     if not isinstance(value, str):
@@ -53,6 +53,16 @@ def _plain(value: Any, numbers: bool = True) -> Any:
     return text
 
 
+def _says_nothing(
+    field: Any,  # pydantic's, or None for an unknown name
+) -> tuple[str, ...]:  # the strings that are a value of this field, and not "not given"
+    "An empty text may take a filter away on a resume; `none` may be one of a setting's own words."
+    if field is None:
+        return ()
+    empty = ("",) if field.annotation is str and field.default == "" else ()
+    return empty + tuple(word for word in get_args(field.annotation) if word == "none")
+
+
 class Settings(BaseModel):
     "Base of every kind of job: strict names, forgiving spellings, `None` meaning `not given`."
 
@@ -65,6 +75,9 @@ class Settings(BaseModel):
         read = {}
         for name, value in values.items():
             field = cls.model_fields.get(name)
+            if isinstance(value, str) and value.strip().lower() in _says_nothing(field):
+                read[name] = value.strip().lower()
+                continue
             numeric = field is not None and any(t in str(field.annotation) for t in ("int", "float")) and "str" not in str(field.annotation)
             value = _plain(value, numeric)
             if value is not None:
@@ -335,14 +348,24 @@ def read_settings(
         raise SettingsError(f"{path} must hold `name: value` lines, not a {type(values).__name__}")
     return values
 
-# %% ../nbs/00_config.ipynb #c7297946
+# %% ../nbs/00_config.ipynb #a17beb1e
+def what_is_given(
+    given: Mapping[str, Any],  # by name, as typed
+    cls: type[Settings] = TrainSettings,  # the kind of run
+) -> dict[str, Any]:  # those that say something
+    "Leave out what means `not given`: None, and texts such as '' and 'none' where these are no values of the setting."
+    fields = cls.model_fields
+    return {k: v for k, v in given.items()
+            if _plain(v, numbers=False) is not None or (isinstance(v, str) and v.strip().lower() in _says_nothing(fields.get(k)))}
+
+
 def resolve(
     given: Mapping[str, Any],  # what was asked for by name; None means: not given
     file: str | Path | None = None,  # a YAML file of settings that `given` may override
     cls: type[Settings] = TrainSettings,  # the kind of run
 ) -> Any:  # an instance of `cls`
     "Settings from default < preset < file < given. Raises `SettingsError` that names every wrong one."
-    layers = [read_settings(file) if file else {}, {k: v for k, v in given.items() if _plain(v, numbers=False) is not None}]
+    layers = [read_settings(file) if file else {}, what_is_given(given, cls)]
     asked = {**layers[0], **layers[1]}
     for name in asked:
         if name not in cls.model_fields:

@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['order', 'Order', 'Epochs', 'floor_sum', 'Mixture', 'Subset', 'Buckets']
 
-# %% ../nbs/04_ordering.ipynb #50d6f49c
+# %% ../nbs/04_ordering.ipynb #dce4d719
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -198,7 +200,7 @@ def _drawn(draws: _Draws, asked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         streams[here], nth[here] = (column[asked[here] % _PIECE] for column in _mixed_piece(draws, piece))
     return streams, nth
 
-# %% ../nbs/04_ordering.ipynb #823f02e4
+# %% ../nbs/04_ordering.ipynb #149f9c25
 def _share_borders(weights: Sequence[float]) -> tuple[int, ...]:
     "Where shares end on the circle. Raises `ValueError` on a share too small to be drawn."
     borders = [round(_CIRCLE * b) for b in np.cumsum(np.array(weights) / math.fsum(weights))]
@@ -208,6 +210,12 @@ def _share_borders(weights: Sequence[float]) -> tuple[int, ...]:
     return tuple(borders)
 
 
+def _plain_seed(part: Any) -> int | None:
+    "The seed of a part that is some samples in a full shuffle each epoch; None: it is something else."
+    inner = getattr(part, "order", None)
+    return inner.seed if isinstance(inner, Epochs) and not inner.block and not inner.drop_last else None
+
+# %% ../nbs/04_ordering.ipynb #484bdae2
 @dataclass(frozen=True)
 class Mixture(Order):
     "Several orders, drawn in given shares. Within each, nothing changes: its samples come in its own exact epochs."
@@ -235,15 +243,32 @@ class Mixture(Order):
 
     def at(self, positions: Tensor) -> Tensor:
         found, (streams, nth) = np.empty(len(positions), np.int64), _drawn(self._draws, positions.numpy())
+        seeds = {_plain_seed(p) for p in self.parts}
+        if len(self.parts) > 8 and len(seeds) == 1 and None not in seeds:
+            return self._at_once(streams, nth)
         for stream in np.unique(streams).tolist():
             here = streams == stream
             found[here] = self.parts[stream].at(torch.from_numpy(nth[here])).numpy()
         return torch.from_numpy(found)
 
+    def _at_once(self, streams: np.ndarray, nth: np.ndarray) -> Tensor:
+        "All parts in one call, where there are many: a thousand classes would be a thousand calls."
+        parts: Any = self.parts
+        lengths = np.array([p.order.count for p in parts])[streams]
+        names = [f"order {epoch}" for epoch in (nth // lengths).tolist()]
+        inside = permute(parts[0].order.seed, names, torch.from_numpy(nth % lengths), torch.from_numpy(lengths)).tolist()
+        members = [parts[s].members for s in streams.tolist()]
+        return torch.tensor([m + i if isinstance(m, int) else int(m[i]) for m, i in zip(members, inside)], dtype=torch.int64)
+
     def instead(self, position: int, attempt: int) -> int:
         return self.parts[int(self._draws.streams(position, 1)[0])].instead(position, attempt)
 
-# %% ../nbs/04_ordering.ipynb #bf15dac1
+# %% ../nbs/04_ordering.ipynb #09f8ef86
+def _named(members: np.ndarray) -> str:
+    "A list of samples, by a digest."
+    return "list " + hashlib.blake2b(np.ascontiguousarray(members, "<i8").data, digest_size=8).hexdigest()
+
+
 @dataclass(frozen=True, eq=False)
 class Subset(Order):
     "An order over some samples of a source."
@@ -257,7 +282,7 @@ class Subset(Order):
 
     @property
     def name(self) -> str:
-        return f"{self.order.name} of " + (f"those from {self.members}" if isinstance(self.members, int) else "a list")
+        return f"{self.order.name} of " + (f"those from {self.members}" if isinstance(self.members, int) else _named(self.members))
 
     def at(self, positions: Tensor) -> Tensor:
         found = self.order.at(positions)
@@ -267,7 +292,7 @@ class Subset(Order):
         found = self.order.instead(position, attempt)
         return found + self.members if isinstance(self.members, int) else int(self.members[found])
 
-# %% ../nbs/04_ordering.ipynb #55f1a913
+# %% ../nbs/04_ordering.ipynb #ec2fbc22
 @dataclass(frozen=True, eq=False)
 class Buckets(Order):
     "Batches of samples from one bucket each; every bucket in its own exact epochs. A position's batch is position // batch_size."
@@ -289,7 +314,7 @@ class Buckets(Order):
 
     @property
     def name(self) -> str:
-        return f"buckets of {', '.join(str(len(g)) for g in self.groups)} in batches of {self.batch_size}, seed {self.seed}"
+        return f"buckets of {', '.join(f'{len(g)} ({_named(g)})' for g in self.groups)} in batches of {self.batch_size}, seed {self.seed}"
 
     def bucket(
         self,

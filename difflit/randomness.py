@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['philox', 'stream_key', 'bits', 'uniform', 'normal', 'integers', 'permute', 'generator']
 
-# %% ../nbs/02_randomness.ipynb #83903c90
+# %% ../nbs/02_randomness.ipynb #eb18fd8c
 import hashlib
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -111,8 +112,8 @@ def integers(
         raise ValueError(f"integers: high must be in 1…2**31, not {high}")
     return ((bits(seed, purpose, positions, math.prod(shape), device) * high) >> 32).reshape(-1, *shape)
 
-# %% ../nbs/02_randomness.ipynb #b824ee7d
-def _feistel(values: Tensor, key: tuple, half_bits: int, rounds: int = 6) -> Tensor:
+# %% ../nbs/02_randomness.ipynb #fefe6d37
+def _feistel(values: Tensor, key: tuple, half_bits: Any, rounds: int = 6) -> Tensor:
     "One-to-one scrambling of integers of 2·half_bits bits; Philox is the round function."
     mask = (1 << half_bits) - 1
     left, right = values >> half_bits, values & mask
@@ -127,13 +128,16 @@ def permute(
     seed: int,  # the run's seed
     purpose: str | Sequence[str],  # names the permutation, such as "order 3" for the fourth epoch; or a name for each index
     indices: int | Sequence[int] | Tensor,  # places in the order, each in 0…n−1
-    n: int,  # length of the permutation, 1…2⁶⁰
+    n: int | Tensor,  # length of the permutation, 1…2⁶⁰; or a length for each index, int64, 1…2⁵²
 ) -> Tensor:  # int64, the element at each place; one-dimensional
     "A keyed permutation of 0…n−1, constant time per index. Source: Black and Rogaway 2002. Raises `IndexError` past the ends."
     values = _as_positions(indices, indices.device if isinstance(indices, Tensor) else "cpu").clone()
-    if len(values) and not (0 <= int(values.min()) and int(values.max()) < n):
+    if len(values) and not (0 <= int(values.min()) and bool((values < n).all())):
         raise IndexError(f"permute: indices {int(values.min())}…{int(values.max())} do not lie in 0…{n - 1}")
-    half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
+    if isinstance(n, Tensor):  # the exponent of a whole number is its length in bits
+        half_bits: Any = ((torch.frexp((n - 1).double()).exponent.long() + 1) // 2).clamp(min=1)
+    else:
+        half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
     todo = torch.arange(len(values), device=values.device)
     if isinstance(purpose, str):
         key: tuple = stream_key(seed, purpose)
@@ -141,8 +145,8 @@ def permute(
         key = tuple(torch.tensor([stream_key(seed, p) for p in purpose], dtype=torch.int64, device=values.device).reshape(-1, 2).T)
     while len(todo):
         here = key if isinstance(purpose, str) else (key[0][todo], key[1][todo])
-        values[todo] = _feistel(values[todo], here, half_bits)
-        todo = todo[values[todo] >= n]
+        values[todo] = _feistel(values[todo], here, half_bits[todo] if isinstance(n, Tensor) else half_bits)
+        todo = todo[values[todo] >= (n[todo] if isinstance(n, Tensor) else n)]
     return values
 
 # %% ../nbs/02_randomness.ipynb #690c0c84

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PREVIEWS', 'SCORERS', 'open_split', 'is_stream', 'staged', 'JobData', 'sound_samples', 'open_data', 'make_tokenizer',
            'build_network', 'build_diffusion', 'task_name', 'text_is_frozen', 'build_task', 'TrainingJob',
-           'count_steps', 'prepare', 'make_loader', 'data_changes', 'job_sampling', 'whole_pictures', 'job_pictures',
-           'preview_prompts', 'save_preview', 'save_job', 'validate', 'job_hooks', 'train_job', 'scorer',
-           'score_shapes', 'score_digits', 'score_emoji', 'Judged', 'score_job']
+           'count_steps', 'prepare', 'read_damaged', 'make_loader', 'data_changes', 'job_sampling', 'whole_pictures',
+           'job_pictures', 'preview_prompts', 'save_preview', 'save_job', 'validate', 'job_hooks', 'train_job',
+           'scorer', 'score_shapes', 'score_digits', 'score_emoji', 'Judged', 'score_job']
 
-# %% ../nbs/70_recipes.ipynb #e34b3188
+# %% ../nbs/70_recipes.ipynb #5a1e0b29
 import json
 import logging
 import math
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor, nn
 
@@ -44,7 +45,7 @@ from .randomness import normal, permute
 from .repacking import stage
 from .runs import Run, rank_and_world
 from .samplers import get_sampler, sigma_steps
-from .selection import ShardSource
+from .selection import _SIZES, ShardSource
 from .shards import _PLACES
 from .sources import parse_caption
 from .streams import Glimpse, StreamLoader
@@ -54,7 +55,7 @@ from .tracking import LiveView, Tracker, close, record
 from .training import EMA, LOOP_COLUMNS, Hook, TrainState, load_state, make_optimizer, save_state, train
 from .weights import glide_diffusion, load_glide
 
-# %% ../nbs/70_recipes.ipynb #6d9c95b6
+# %% ../nbs/70_recipes.ipynb #2ec6405d
 def open_split(
     settings: TrainSettings,  # resolved
     split: str,  # train, validation or test
@@ -62,7 +63,7 @@ def open_split(
 ) -> Source:  # what `data` names
     "One split of a run's data, with the settings for tars where there are any."
     asked = [key.strip() for key in (*settings.columns.split(","), settings.balance.partition(":")[0])]
-    keys = [key for key in asked if key and key not in (*_PLACES, "shard")]  # these are indexed anyway
+    keys = [key for key in asked if key and key not in (*_PLACES, *_SIZES, "shard")]  # these are indexed anyway
     of_tars: dict[str, Any] = {"where": settings.select, "unique": settings.unique, "layout": settings.layout, "columns": list(dict.fromkeys(keys))}
     if is_stream(settings.data):
         if split != "train":
@@ -91,7 +92,7 @@ def staged(
         part.index.read_from(stage([shard.path for shard in part.index.shards], folder).paths)
     return source
 
-# %% ../nbs/70_recipes.ipynb #83afbc7d
+# %% ../nbs/70_recipes.ipynb #f239ea96
 @dataclass
 class JobData:
     "What a run learns from and is judged on."
@@ -141,7 +142,8 @@ def open_data(
     count, n = PREVIEWS + settings.score_images, len(asked)
     mixed = n < count or asked.sizes() is not None or isinstance(asked, MixedSource)  # neighbours in a tar or folder may be much alike
     chosen = (int(permute(settings.seed, "prompts", i, n)) for i in range(n)) if mixed else range(n)
-    return JobData(source, held_out, list(islice(sound_samples(asked, chosen), count)))
+    prompts = list(islice(sound_samples(asked, chosen), count))
+    return JobData(source, held_out, prompts or list(islice(sound_samples(source, range(len(source))), count)))
 
 # %% ../nbs/70_recipes.ipynb #bf59b951
 def make_tokenizer(
@@ -338,19 +340,30 @@ def _make_state(settings: TrainSettings, model: nn.Module) -> TrainState:
         state.wrapped = torch.compile(state.network)  # type: ignore[assignment]
     return state
 
-# %% ../nbs/70_recipes.ipynb #fd96faf8
+# %% ../nbs/70_recipes.ipynb #ae22d802
 def prepare(
     run: Run,  # opened, with settings
 ) -> TrainingJob:  # ready for `train_job`
     "Wire a run. Raises `SettingsError`, `DataError`, `CheckpointError` or `OSError` (no room) before the first step."
+    try:
+        return _wire(run)
+    except BaseException:
+        if run.earlier is not None:  # a refused resume leaves the run as it was, to be resumed with its own settings
+            atomic_write(run.path / "settings.yaml", run.earlier)
+        raise
+
+
+def _wire(run: Run) -> TrainingJob:
+    "The parts of a run, in the order in which they need one another."
     settings: TrainSettings = run.settings
     get_sampler(settings.sampler)  # a wrong name should fail now, not after an hour
     diffusion = build_diffusion(settings)
     sigma_steps(diffusion, settings.sampler_steps, settings.spacing)
     data = open_data(settings)
-    steps = count_steps(settings, len(data.train))
     model, tokenizer, notes = build_network(settings, data.train.captions())
-    notes += [f"{len(data.train.skipped)} files were skipped"] if data.train.skipped else []
+    if data.train.skipped:
+        lost = len(data.train.skipped)
+        notes.append(f"{lost} files were skipped, {lost / (lost + len(data.train)):.1%} of what was found")
     _check_shapes(settings, model)
     if run.main:
         kept = settings.keep_checkpoints
@@ -359,9 +372,11 @@ def prepare(
     task, cache = build_task(settings, state.model, diffusion)
     _check_prompts(settings, task)
     loader = make_loader(run, data.train, tokenizer, state)
+    steps = count_steps(settings, loader.order.epoch_samples if isinstance(loader, Loader) else len(data.train))
     if run.resumed:
         notes += _resume(run, state, loader)
-    _describe_data(run, data.train)
+    _check_ranks(state, loader)
+    _describe_data(run, data.train, state.step == 0)
     columns = [*LOOP_COLUMNS, "val_loss", *(f"val_loss_bin{i}" for i in range(10)), *(["text_cache_hit_rate"] if cache is not None else [])]
     tracker = Tracker(run.path if run.main else None, columns, last_step=state.step)
     run.update(steps=steps, step=state.step, data_digest=data.train.digest())
@@ -375,7 +390,7 @@ def _is_shown(settings: TrainSettings, task: Task) -> bool:
     given = getattr(task, "given", None)  # a task of one's own need not have it
     return given is not None and bool(given(torch.zeros(1, 3, settings.image_size, settings.image_size), [0], "preview"))
 
-
+# %% ../nbs/70_recipes.ipynb #ad2cde67
 def _check_shapes(settings: TrainSettings, model: nn.Module) -> None:
     "Pictures of several shapes need a network that takes them."
     if settings.buckets and getattr(getattr(model, "config", None), "position_map", False):
@@ -388,7 +403,7 @@ def _check_prompts(settings: TrainSettings, task: Task) -> None:
     if settings.prompts and _is_shown(settings, task):
         raise SettingsError("prompts is for networks that draw from words alone; this one is shown held-out pictures: leave prompts away")
 
-# %% ../nbs/70_recipes.ipynb #b1f08ab2
+# %% ../nbs/70_recipes.ipynb #27fdcdcd
 def _workers(settings: TrainSettings, on_gpu: bool) -> int:
     "Threads for decoding: the cores that a process has to itself beside a GPU; none on a CPU, where they would take from the network."
     if settings.workers is not None:
@@ -402,12 +417,25 @@ def _note_stream(run: Run, where: str, why: str) -> None:
     _note_damaged(run, Damaged(-1, -1, where, why))
 
 
-def _note_damaged(run: Run, bad: Damaged) -> None:
-    "A line for a damaged sample in the run's logs."
+def read_damaged(
+    run: Run,  # with logs
+) -> list[dict[str, Any]]:  # `index`, `position`, `id`, `why` of each, once
+    "What any process of a run has found damaged, before a stop too."
+    lines = [line for log in sorted((run.path / "logs").glob("damaged-rank-*.jsonl")) for line in log.read_text(encoding="utf-8").splitlines()]
+    found = [json.loads(line) for line in lines if line.endswith("}")]  # another process may be writing its last line
+    return list({(bad["index"] if bad["index"] >= 0 else bad["id"]): bad for bad in reversed(found)}.values())[::-1]
+
+
+def _note_damaged(run: Run, bad: Damaged) -> int:
+    "A line for a damaged sample in the run's logs, and how many there are by now: of all processes, and from before a stop."
     path = run.path / "logs" / f"damaged-rank-{rank_and_world()[0]}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(bad), ensure_ascii=False) + "\n")
+    known = read_damaged(run)
+    if bad.index < 0 or bad.index not in {other["index"] for other in known}:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(bad), ensure_ascii=False) + "\n")
+        return len(known) + 1
+    return len(known)
 
 
 def make_loader(
@@ -426,7 +454,7 @@ def make_loader(
                   drop_last=s.drop_last, block=s.block, balance=s.balance, bad_samples=s.bad_samples, on_bad=partial(_note_damaged, run),
                   decoder=s.decoder, raw=on_gpu)
 
-# %% ../nbs/70_recipes.ipynb #ac4c2e35
+# %% ../nbs/70_recipes.ipynb #b5d3aa40
 def _make_stream(run: Run, source: Glimpse, tokenizer: Tokenizer, on_gpu: bool) -> StreamLoader:
     "The loader of a run that reads a stream. Raises `SettingsError` on settings that need an index."
     s = run.settings
@@ -447,9 +475,15 @@ def _stream_file(folder: Path, step: int, rank: int | str) -> Path:
 
 
 def _save_stream(job: TrainingJob) -> None:
-    "This rank's place in its stream."
-    assert job.loader is not None
-    write_json(_stream_file(job.run.path, job.state.step, rank_and_world()[0]), job.loader.state_dict())
+    "This rank's place in its stream, and what it has seen; as many of them stay as checkpoints do."
+    assert isinstance(job.loader, StreamLoader)
+    rank = rank_and_world()[0]
+    path = _stream_file(job.run.path, job.state.step, rank)
+    path.parent.mkdir(exist_ok=True)
+    write_json(path, job.loader.state_dict(seen=path.with_suffix(".seen")))
+    for old in sorted(path.parent.glob(f"step-*-rank-{rank}.json"))[: -job.settings.keep_checkpoints - 1]:
+        old.with_suffix(".seen").unlink(missing_ok=True)
+        old.unlink()
 
 
 def _load_stream(folder: Path, step: int, loader: StreamLoader) -> None:
@@ -458,16 +492,25 @@ def _load_stream(folder: Path, step: int, loader: StreamLoader) -> None:
     files = sorted(pattern.parent.glob(pattern.name))
     if not files:
         raise DataError(f"{folder.name} does not know where in the stream step {step} was: {pattern.parent.name}/{pattern.name} is missing")
-    loader.load_state_dict([read_json(file) for file in files])
+    loader.load_state_dict([read_json(file) for file in files], seen=pattern.parent)
 
-# %% ../nbs/70_recipes.ipynb #954b40ef
+# %% ../nbs/70_recipes.ipynb #a662f236
 _MOST_PARTS = 100_000
 
 
-def _describe_data(run: Run, source: Source) -> None:
-    "Write down the parts of a run's data, once."
+def _check_ranks(state: TrainState, loader: Loader | StreamLoader) -> None:
+    "All processes must see the same data. Raises `DataError` if they do not: on copies that differ, they would train on different things."
+    if state.accelerator.num_processes < 2 or isinstance(loader, StreamLoader):
+        return
+    said = gather_object([loader.state_dict()])
+    if wrong := next(((rank, d) for rank, other in enumerate(said) if (d := differences(other, said[0]))), None):
+        raise DataError(f"rank {wrong[0]} does not see what rank 0 sees: {'; '.join(wrong[1])}")
+
+
+def _describe_data(run: Run, source: Source, begins: bool) -> None:
+    "Write down the parts of a run's data when it begins."
     path = run.path / "data.json"
-    if run.main and not path.exists():
+    if run.main and (begins or not path.exists()):
         parts = source.describe()
         write_json(path, parts if len(parts) <= _MOST_PARTS else {source.name: {"samples": len(source), "digest": source.digest()}})
 
@@ -502,8 +545,10 @@ def _resume(run: Run, state: TrainState, loader: Loader | StreamLoader) -> list[
         listed = checkpoint.path.parent.parent / "data.json"
         parts = data_changes(read_json(listed), loader.source.describe()) if listed.exists() and saved.get("data") != loader.state_dict()["data"] else []
         raise CheckpointError(f"{checkpoint.path.name} cannot be resumed: " + "; ".join(wrong) + "".join(f"\n  {part}" for part in parts))
-    load_state(state, checkpoint, batch_size=run.settings.batch_size)
     loader.load_state_dict(saved)
+    load_state(state, checkpoint, batch_size=run.settings.batch_size)
+    if saved.get("varied") != loader.varied:
+        faults = [*faults, f"pictures were varied by {saved.get('varied') or 'nothing'}, and are from now on by {loader.varied or 'nothing'}"]
     return [*faults, f"resumed from {checkpoint.path.name}"]
 
 # %% ../nbs/70_recipes.ipynb #2ca8c8e6
@@ -575,7 +620,7 @@ def _loader_state(job: TrainingJob) -> dict[str, Any]:
     assert job.loader is not None
     return {**job.loader.state_dict(), "position": job.state.position}
 
-# %% ../nbs/70_recipes.ipynb #9e53eb93
+# %% ../nbs/70_recipes.ipynb #14e025bf
 def validate(
     job: TrainingJob,  # under way
 ) -> dict[str, float]:  # `val_loss` and its bins; empty without held-out data
@@ -585,6 +630,8 @@ def validate(
         return {}
     n, size = min(job.settings.validation_images, len(held)), job.settings.batch_size
     samples = list(sound_samples(held, range(n)))
+    if not samples:
+        return {}
     with torch.inference_mode(), job.state.precision.autocast():
         batches = []
         for start in range(0, len(samples), size):
@@ -593,7 +640,7 @@ def validate(
             batches.append({k: v.to(job.device) if isinstance(v, Tensor) else v for k, v in batch.items()})
         return job.task.validation_loss(job.state.ema.model, batches)
 
-# %% ../nbs/70_recipes.ipynb #c176801f
+# %% ../nbs/70_recipes.ipynb #761f04bd
 def job_hooks(
     job: TrainingJob,  # ready
     live: LiveView | None = None,  # shown after each step
@@ -623,7 +670,9 @@ def train_job(
     live = LiveView(job.tracker, job.steps, state.step) if show and job.run.main else None
     warmup = s.warmup_steps if s.warmup_steps is not None else max(1, job.steps // 10)
     if job.loader is None or job.loader.position != state.position or job.loader.closed:
-        job.loader = make_loader(job.run, job.data.train, job.tokenizer, state)
+        before, job.loader = job.loader, make_loader(job.run, job.data.train, job.tokenizer, state)
+        if isinstance(before, StreamLoader) and isinstance(job.loader, StreamLoader):
+            job.loader.load_state_dict({**before.state_dict(), "position": state.position})
     with job.loader as loader:
         train(state, job.task, loader, steps=job.steps, batch_size=s.batch_size, lr=s.lr, warmup_steps=warmup, clip_norm=s.clip_norm,
               accumulate=s.accumulate, tracker=job.tracker, hooks=job_hooks(job, live), stop_after=stop_after)
@@ -706,15 +755,15 @@ def _enlarge(job: TrainingJob, images: Tensor, captions: list[str]) -> Tensor | 
     given = shown_to(stage, len(images), low_res=images)
     return draw(stage.model, stage.diffusion, stage.tokenizer, captions, stage.image_size, given=given, precision=job.state.precision, **stage.sampling)
 
-# %% ../nbs/70_recipes.ipynb #a2749fa7
+# %% ../nbs/70_recipes.ipynb #4822313c
 @torch.no_grad()
 def _found_captions(job: TrainingJob, choices: int = 16) -> dict[str, Any]:
     "How often a noised held-out picture likes its own caption most, among so many; at three times."
     source, clip, scores = job.data.held_out or job.data.train, job.state.ema.model, {}
     seen: dict[str, Sample] = {}
-    for i in range(min(len(source), 4 * job.settings.score_images)):  # each caption once, or the question has no answer
-        seen.setdefault(source[i].caption, source[i])
-    samples = list(seen.values())[: job.settings.score_images // choices * choices]
+    for sample in sound_samples(source, range(min(len(source), 4 * job.settings.score_images))):  # each caption once, or the question has no answer
+        seen.setdefault(sample.caption, sample)
+    samples = list(seen.values())[: min(len(seen), job.settings.score_images) // choices * choices]
     batch = collate(samples, job.settings.image_size, range(len(samples)), job.tokenizer)
     timed = bool(clip.config.timesteps)  # type: ignore[union-attr]
     for share in () if not samples else (0.1, 0.5, 0.8) if timed else (0.0,):

@@ -6,7 +6,7 @@
 __all__ = ['member_name', 'Written', 'write_tar', 'TarReport', 'write_shards', 'Shrink', 'to_srgb', 'shrink', 'decibels',
            'repack', 'repack_picture', 'Staged', 'stage']
 
-# %% ../nbs/18_repacking.ipynb #32bb416c
+# %% ../nbs/18_repacking.ipynb #7b89b901
 import contextlib
 import errno
 import glob
@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ from .data import DamagedSample, DataError, Encoded, Picture, Source, upright_rg
 from .decoding import decode_cut, decode_full, peek, pick_decoder
 from .files import atomic_file, clear_leftovers, digest_bytes, digest_file, read_json, require_room, write_json
 from .folders import IMAGE_SUFFIXES
-from .shards import HARMLESS, ShardIndex, _open, _stamp, expand_paths, index_shards
+from .selection import ShardSource
+from .shards import HARMLESS, ShardIndex, _Collector, _is_remote, _members, _open, _stamp, _Walker, expand_paths, index_shards
 
 # %% ../nbs/18_repacking.ipynb #2ca8e39d
 _META = re.compile(r"__[^/]*__($|/)")  # what the webdataset library takes for a note about the tar and passes over
@@ -70,7 +71,7 @@ def _kind(ending: str) -> str:
     "The format that an ending stands for, as `peek` calls it."
     return {"jpg": "jpeg", "tif": "tiff", "jp2": "jpeg2000", "pgm": "ppm"}.get(ending.lower(), ending.lower())
 
-# %% ../nbs/18_repacking.ipynb #aa8f2c3f
+# %% ../nbs/18_repacking.ipynb #39614a85
 @dataclass
 class Written:
     "What is known of a tar that was written; kept beside it in `NAME_stats.json`."
@@ -86,6 +87,7 @@ class Written:
     renamed: list[list[str]] = field(default_factory=list)  # id as it came, id in the tar
     damaged: list[list[str]] = field(default_factory=list)  # id, why it is not in the tar
     decibels: dict[str, float] = field(default_factory=dict)  # id → PSNR at training size, for those that were compared
+    left_out: dict[str, list] = field(default_factory=dict)  # ending → how many other files of the old tar are not in it, the first one's name
     kept: bool = False  # finished by an earlier run, and taken over
 
 
@@ -143,7 +145,7 @@ def write_tar(
     write_json(_stats(path), asdict(record))
     return record
 
-# %% ../nbs/18_repacking.ipynb #eeefa023
+# %% ../nbs/18_repacking.ipynb #6b5d85f8
 @dataclass(frozen=True)
 class _Job:
     "A tar to be written."
@@ -152,6 +154,7 @@ class _Job:
     plan: str
     indices: Sequence[int]  # of the samples
     lost: Sequence[list[str]] = ()  # what is known beforehand to be missing: id, why
+    others: Callable[[], dict[str, list]] | None = None  # finds the files of an old tar that belong to no sample
 
 
 def _finished(tar: Path, plan: str) -> Written | None:
@@ -180,6 +183,7 @@ def _run(jobs: Sequence[_Job], folder: Path, get: Callable[[int, Written], Encod
         if found is None:
             _sweep(target)
             _sweep(_stats(target))
+            record.left_out = job.others() if job.others is not None else {}
             found = write_tar(target, (sample for i in job.indices if (sample := get(i, record)) is not None), record)
         return found
 
@@ -195,7 +199,7 @@ def _run(jobs: Sequence[_Job], folder: Path, get: Callable[[int, Written], Encod
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
-# %% ../nbs/18_repacking.ipynb #21bc26a2
+# %% ../nbs/18_repacking.ipynb #cfe466f4
 @dataclass
 class TarReport:
     "What was written where. Printed, it is a table with what was renamed and left out beneath."
@@ -224,6 +228,14 @@ class TarReport:
         return [r for w in self.shards for r in w.renamed]
 
     @property
+    def left_out(self) -> dict[str, list]:
+        "By ending: how many files of the old tars belong to no sample and are not in the new ones, and the name of the first."
+        found: dict[str, list] = {}
+        for ending, (count, name) in (item for w in self.shards for item in w.left_out.items()):
+            found[ending] = [found[ending][0] + count, found[ending][1]] if ending in found else [count, name]
+        return found
+
+    @property
     def kept(self) -> int:
         "How many tars were finished already."
         return sum(w.kept for w in self.shards)
@@ -236,10 +248,11 @@ class TarReport:
         lines = [f"{'tar':28} {'samples':>8} {'damaged':>8} {'bytes before':>14} {'after':>14} {'median dB':>10} {'least':>6}"]
         lines += [f"{r[0]:28} {r[1]:>8} {r[2]:>8} {r[3]:>14} {r[4]:>14} {r[5]:>10} {r[6]:>6}" for r in rows]
         lines += _listed("not in the tars", [f"{i}: {why}" for i, why in self.damaged])
+        lines += _listed("kinds of files that belong to no sample and were left out", [f"{n} × {e}, such as {x}" for e, (n, x) in self.left_out.items()])
         lines += _listed("renamed", [f"{old} → {new}" for old, new in self.renamed])
         return "\n".join(lines)
 
-
+# %% ../nbs/18_repacking.ipynb #22568653
 def _spread(records: Sequence[Written]) -> tuple[str, str]:
     "Median and least PSNR of the pictures that were compared, as text."
     values = [v for w in records for v in w.decibels.values()]
@@ -271,7 +284,29 @@ def _image_file(image: Image.Image, kind: str, quality: int) -> bytes:
         image.save(buffer, kind, quality=quality)
     return buffer.getvalue()
 
-# %% ../nbs/18_repacking.ipynb #1f620cac
+# %% ../nbs/18_repacking.ipynb #247bed34
+def _json_digest(
+    index: ShardIndex,
+    rows: Iterable[int],
+) -> str:
+    "A hash of the JSON of some rows, of which an index knows only some fields."
+    digest, columns = hashlib.sha256(), [index.columns[c] for c in ("shard", "json_offset", "json_bytes")]
+    for row in rows:
+        number, at, count = (column.item(row) for column in columns)
+        shard = index.shards[number]
+        if _is_remote(shard.path):
+            digest.update(f"{shard.bytes} {shard.mtime_ns} {shard.tail}".encode())
+        elif count > 0:
+            digest.update((index._handles.open.get(number) or index._handles.new(number)).read(count, at))
+        digest.update(b"\n")
+    return digest.hexdigest()
+
+
+def _metadata_of(source: Source, start: int, stop: int) -> str:
+    "A hash of what a source's samples carry along beyond its digest."
+    return _json_digest(source.index, source.selection.ids[start:stop].tolist()) if isinstance(source, ShardSource) else ""
+
+# %% ../nbs/18_repacking.ipynb #7a16c834
 def write_shards(
     source: Source,  # anything that can be trained on; an endless one needs its `limit`
     folder: str | Path,  # where the tars shall lie
@@ -291,7 +326,7 @@ def write_shards(
     jobs = []
     for k, start in enumerate(starts):
         stop = min(count, start + samples_per_shard)
-        plan = digest_bytes(repr(("write_shards 1", digest, start, stop, kind, quality)))
+        plan = digest_bytes(repr(("write_shards 2", digest, _metadata_of(source, start, stop), start, stop, kind, quality)))
         jobs.append(_Job(f"{name}-{k:06d}.tar", plan, range(start, stop)))
     strange = sorted({p.name for p in folder.glob(f"{glob.escape(name)}-*.tar")} - {job.name for job in jobs})
     if strange:
@@ -417,26 +452,58 @@ def _compare(before: Encoded, after: Encoded, settings: Shrink) -> float:
         truth = to_srgb(truth, before.content)[0]
     return decibels(truth, kept)
 
-# %% ../nbs/18_repacking.ipynb #64175c7b
+# %% ../nbs/18_repacking.ipynb #f36fb21a
 def _source_jobs(source: Source, name: str, samples_per_shard: int, what: Any) -> list[_Job]:
     "Tars of a source, so many samples in each."
     digest, count, jobs = source.digest(), len(source), []
     for k, start in enumerate(range(0, count, samples_per_shard)):
         stop = min(count, start + samples_per_shard)
-        jobs.append(_Job(f"{name}-{k:06d}.tar", digest_bytes(repr((what, digest, start, stop))), range(start, stop)))
+        plan = digest_bytes(repr((what, digest, _metadata_of(source, start, stop), start, stop)))
+        jobs.append(_Job(f"{name}-{k:06d}.tar", plan, range(start, stop)))
     return jobs
 
 
+def _other_files(index: ShardIndex, number: int, rows: range) -> dict[str, list]:
+    "The files of a tar that belong to no sample, by ending: how many, and the first one's name. What is wrong with samples is told elsewhere."
+    shard, shelf, found = index.shards[number], _Collector(index.layout), dict[str, list]()
+    columns = [index.columns[c][rows.start : rows.stop] for c in ("image_offset", "caption_offset", "json_offset")]
+    used, told = {at for column in columns for at in column.tolist()}, {p.key for p in index.problems if p.shard == shard.name}
+    for member in _members(_Walker(_open(shard.path), lambda name: None, lambda kind, offset, detail: None)):
+        name = member.name.decode(errors="backslashreplace").removeprefix("./")
+        place = shelf.place(member.name)
+        if member.kind in b"0\x007" and member.offset not in used and not (place and place[0] in told):
+            base, dot, ending = name.rpartition("/")[2].partition(".")
+            row = found.setdefault(f".{ending}" if dot else base, [0, name])
+            row[0] += 1
+    return dict(sorted(found.items()))
+
+
+def _refuse_own(folder: Path, data: Any) -> None:
+    "Raises `DataError` if what is written would be read, now or when it is started again."
+    index = data.index if isinstance(data, ShardSource) else data if isinstance(data, ShardIndex) else None
+    given = [] if index is not None or isinstance(data, Source) else [data] if isinstance(data, str | Path) else list(data)
+    roots = [Path(part).expanduser() for text in given for part in str(text).split("::")]
+    for root in roots:
+        if root.is_dir() and folder.resolve().is_relative_to(root.resolve()):
+            raise DataError(f"repacking to {folder} would overwrite or read again its own tars, because it lies in {root}, all of which is repacked: "
+                            "choose a folder outside of it")
+    paths = [s.path for s in index.shards] if index is not None else [] if isinstance(data, Source) else expand_paths(given)
+    own = [p for p in paths if not _is_remote(p) and Path(p).resolve().is_relative_to(folder.resolve())]
+    if own:
+        more = f", and {len(own) - 1} more" if own[1:] else ""
+        raise DataError(f"repacking to {folder} would overwrite or read again its own tars: {own[0]} is in it{more}. "
+                        "Choose another folder, or paths that leave it out")
+
+# %% ../nbs/18_repacking.ipynb #1d7af6a4
 def _tar_jobs(index: ShardIndex, folder: Path, what: Any) -> list[_Job]:
-    "A new tar for each one of an index. Raises `DataError` if they would overwrite the old ones."
+    "A new tar for each one of an index."
     jobs, start = [], 0
-    for shard in index.shards:
-        if (folder / shard.name).resolve() == Path(shard.path).resolve():
-            raise DataError(f"repacking to {folder} would overwrite {shard.path}: choose another folder")
+    for number, shard in enumerate(index.shards):
         lost = [[p.key or f"byte {p.offset}", f"{p.kind}{f': {p.detail}' if p.detail else ''}"]
                 for p in index.problems if p.shard == shard.name and p.kind not in HARMLESS]
         stop = start + shard.samples
-        jobs.append(_Job(shard.name, digest_bytes(repr((what, shard.digest, lost))), range(start, stop), lost))
+        plan = digest_bytes(repr((what, shard.digest, _json_digest(index, range(start, stop)), lost)))
+        jobs.append(_Job(shard.name, plan, range(start, stop), lost, partial(_other_files, index, number, range(start, stop))))
         start = stop
     return jobs
 
@@ -446,7 +513,7 @@ def _plain_read(index: ShardIndex, row: int) -> Encoded:
     sample = index.read(row, metadata=True)
     return replace(sample, id=sample.id.removeprefix(f"{index.shards[int(index.columns['shard'][row])].name}/"))
 
-# %% ../nbs/18_repacking.ipynb #06a8d2f9
+# %% ../nbs/18_repacking.ipynb #1208eb76
 def repack(
     data: Source | ShardIndex | str | Path | Sequence[str],  # a source, an index of tars, or their paths
     folder: str | Path,  # where the new tars shall lie
@@ -466,7 +533,8 @@ def repack(
 ) -> TarReport:  # prints as a table
     "Write smaller tars. Finished ones are kept; what is damaged is listed. Raises `DataError`, and `OSError` if something cannot be read."
     settings, folder = Shrink(image_size, factor, quality, srgb, as_jpeg, pick_decoder(decoder)), Path(folder)
-    what = ("repack 1", tuple(asdict(settings).items()), compared)
+    what = ("repack 2", tuple(asdict(settings).items()), compared)
+    _refuse_own(folder, data)
     if isinstance(data, Source):
         jobs = _source_jobs(data, name, samples_per_shard, what)
         read: Callable[[int], Encoded] = lambda i: _as_file(data, i, "png", quality)

@@ -7,8 +7,7 @@ __all__ = ['environment_table', 'model_table', 'training_table', 'weights_table'
            'statistics_figure', 'damaged_table', 'scores_table', 'data_figure', 'progress_figure', 'shown_figure',
            'samples_figure', 'nearest_figure', 'bins_figure', 'where_table']
 
-# %% ../nbs/71_reports.ipynb #77358b3e
-import json
+# %% ../nbs/71_reports.ipynb #f8365505
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +24,7 @@ from .evaluation import neighbour_figure
 from .files import read_json
 from .loading import Loader, MixedSource
 from .models import count_parameters, flops_per_image, lr_scales, parameter_table, parts_table
-from .recipes import Judged, TrainingJob, sound_samples, task_name
+from .recipes import Judged, TrainingJob, read_damaged, sound_samples, task_name
 from .selection import ShardSource, statistics_picture
 from .tracking import read_metrics
 
@@ -97,7 +96,7 @@ def skipped_table(
     rest = f"\n\n… and {len(skipped) - shown} more." if len(skipped) > shown else ""
     return f"{len(skipped)} files were skipped:\n\n" + _table(rows, ("file", "why")) + rest
 
-# %% ../nbs/71_reports.ipynb #4623ca2a
+# %% ../nbs/71_reports.ipynb #054183b7
 def _tars(job: TrainingJob) -> list[ShardSource]:
     "The tars among what is trained on."
     parts = job.data.train.sources if isinstance(job.data.train, MixedSource) else [job.data.train]
@@ -124,11 +123,11 @@ def damaged_table(
     shown: int = 12,  # rows
 ) -> str:  # Markdown; a sentence if nothing was damaged
     "Which samples turned out damaged while training, and were replaced."
-    lines = [line for log in sorted((job.run.path / "logs").glob("damaged-rank-*.jsonl")) for line in log.read_text(encoding="utf-8").splitlines()]
-    found = {bad["index"]: bad for bad in map(json.loads, lines)}
+    found = read_damaged(job.run)
     if not found:
         return "No sample turned out damaged while training."
-    rows = {f"`{bad['id'] or bad['index']}`": f"{bad['why']} (first at position {bad['position']})" for bad in list(found.values())[:shown]}
+    where = {True: "", False: " (first at position {})"}
+    rows = {f"`{bad['id'] or bad['index']}`": bad["why"] + where[bad["position"] < 0].format(bad["position"]) for bad in found[:shown]}
     rest = f"\n\n… and {len(found) - shown} more." if len(found) > shown else ""
     return f"{len(found)} samples turned out damaged and were replaced by others:\n\n" + _table(rows, ("sample", "what was wrong")) + rest
 

@@ -6,7 +6,7 @@
 __all__ = ['STATES', 'HEARTBEAT_SECONDS', 'DEAD_AFTER_SECONDS', 'environment_record', 'rank_and_world', 'RunError', 'read_status',
            'Run', 'finish', 'fail', 'open_run', 'open_notebook_run', 'list_runs']
 
-# %% ../nbs/03_runs.ipynb #b81915ec
+# %% ../nbs/03_runs.ipynb #82ee0cfe
 import atexit
 import contextlib
 import logging
@@ -23,7 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .config import Settings, SettingsError, TrainSettings, _plain, notebook_parameters, resolve, settings_yaml
+from .config import Settings, SettingsError, TrainSettings, _plain, notebook_parameters, resolve, settings_yaml, what_is_given
 from .files import atomic_write, read_json, write_json
 
 # %% ../nbs/03_runs.ipynb #3c541752
@@ -123,7 +123,7 @@ def read_status(
             status["state"], status["reason"] = "dead", "the process is gone without a word"
     return status
 
-# %% ../nbs/03_runs.ipynb #24a18714
+# %% ../nbs/03_runs.ipynb #25820967
 class Run:
     "A run directory that this process writes. Made by `open_run`."
 
@@ -137,6 +137,7 @@ class Run:
         self.rank, self.world = rank_and_world()
         self.settings: Any = None
         self.resumed = False
+        self.earlier: str | None = None  # the settings that a resumed run had, should the new ones be refused
         self._status: dict[str, Any] = {"kind": kind, "preset": preset}
         self._stop, self._write_lock = threading.Event(), threading.Lock()
         self._thread: threading.Thread | None = None
@@ -251,7 +252,7 @@ def fail(
         reason = f"{type(reason).__name__}: {reason}"
     _end(run, "failed", reason)
 
-# %% ../nbs/03_runs.ipynb #1a0a49d0
+# %% ../nbs/03_runs.ipynb #2022ad07
 def _choose_path(given: Mapping[str, Any], world: int) -> tuple[Path, str]:
     "The run directory and the resume mode from raw parameters."
     resume = str(_plain(given.get("resume"), numbers=False) or "never")
@@ -277,7 +278,7 @@ def open_run(
     kind: str = "train",  # the kind of job
 ) -> Run:  # running, with `.settings`
     "Make or reopen a run directory. Raises `RunError` if it holds another run, `SettingsError` (status `failed`) on a wrong setting."
-    given = {k: v for k, v in given.items() if _plain(v, numbers=False) is not None}
+    given = what_is_given(given, cls)
     report = given.pop("PAPERMILL_OUTPUT_PATH", None)
     given.pop("PAPERMILL_INPUT_PATH", None)
     rank, world = rank_and_world()
@@ -290,6 +291,7 @@ def open_run(
     _begin(run)
     try:
         saved = path / "settings.yaml" if run.resumed else None
+        run.earlier = saved.read_text(encoding="utf-8") if saved and run.main else None
         run.settings = resolve(given, file=file or saved, cls=cls)
         run.note(preset=run.settings.preset)
         if run.main:

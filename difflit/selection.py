@@ -7,7 +7,7 @@ __all__ = ['PATTERN_SECONDS', 'Rank', 'RuleError', 'Records', 'RuleCount', 'rule
            'exact_duplicates', 'near_duplicates', 'SeenBefore', 'Selection', 'select', 'statistics',
            'statistics_picture', 'ShardSource']
 
-# %% ../nbs/16_selection.ipynb #2164667d
+# %% ../nbs/16_selection.ipynb #1433af83
 import ast
 import hashlib
 import io
@@ -15,6 +15,7 @@ import itertools
 import json
 import keyword
 import operator
+import os
 import re
 import tokenize
 import warnings
@@ -988,16 +989,35 @@ def statistics_picture(
         place.set_axis_off()
     return figure
 
-# %% ../nbs/16_selection.ipynb #ee8a4356
+# %% ../nbs/16_selection.ipynb #a30bd2f8
 def _index_of(paths: Any, folder: str | Path | None, layout: Any, columns: Sequence[str], phash: bool) -> ShardIndex:
-    "An index: the one given, the one that lies in a folder, or one of these tars."
+    "An index: the one given, the one that lies in a folder (with columns added that it lacks), or one of these tars."
     if isinstance(paths, ShardIndex):
         return paths
-    if isinstance(paths, str | Path) and (Path(paths) / "current.json").is_file():
-        return open_index(paths)
-    return index_shards(paths, folder=folder, layout=layout, columns=columns, phash=phash)
+    only = paths[0] if isinstance(paths, list | tuple) and len(paths) == 1 else paths
+    home = os.path.expanduser(only) if isinstance(only, str | Path) else ""
+    if not os.path.isfile(os.path.join(home or ".", "current.json")) or not home:
+        return index_shards(paths, folder=folder, layout=layout, columns=columns, phash=phash)
+    index = open_index(home)
+    if {*columns} - {*_SIZES} <= {*index.columns} and phash <= ("phash" in index.columns):
+        return index
+    tars = [shard.path for shard in index.shards]
+    return index_shards(tars, folder=home, layout=index.layout, columns=columns, phash=phash)
 
 
+def _plain(value: Any) -> tuple[np.ndarray, np.ndarray]:
+    "What `_Rows` gives as an array, whole numbers as such (classes are 0 and 1, not 0.0 and 1.0), and where there is nothing."
+    if isinstance(value, _Text):
+        if value.codes is None:
+            return np.array(value.texts, object), np.zeros(len(value.texts), bool)
+        return np.array([*value.texts, None], object)[value.codes], np.asarray(value.codes) == -1
+    found = np.array(value)
+    if found.dtype.kind != "f":
+        return found, np.zeros(len(found), bool)
+    whole = (np.abs(found) < 2**53).all() and (found == np.rint(found)).all()
+    return found.astype(np.int64) if whole else found, np.isnan(found)
+
+# %% ../nbs/16_selection.ipynb #994008a2
 class _Known(Source):
     "What a source of tars knows of its samples without opening one."
 
@@ -1016,15 +1036,19 @@ class _Known(Source):
         return np.stack([self.index.columns[side][self.selection.ids] for side in ("width", "height")], 1).astype(np.int32)
 
     def labels(self, key: str) -> Any:
-        "A column of the index, or what is derived from columns (class, shard, aspect …), for every sample: an array of numbers, or of texts and None."
+        "A column of the index, or what is derived from columns (class, shard, aspect …): numbers or texts. Raises `DataError` if a sample lacks it."
+        names = {*self.index.columns, *_SIZES, *_TEXTS} - {key}
         try:
             value = _Rows(self.index, self.selection.ids, ["(", key, ")"], {}).named(ast.Name("", lineno=2, col_offset=0), key)
         except RuleError:
-            names = {*self.index.columns, *_SIZES, *_TEXTS}
             raise DataError(f"{self.name}: the index has no column {key!r}{nearest(key, names)}; other fields of the JSON are indexed by columns=…") from None
-        if not isinstance(value, _Text):
-            return np.array(value)
-        return np.array(value.texts, object) if value.codes is None else np.array([*value.texts, None], object)[value.codes]
+        found, lacking = _plain(value)
+        if lacking.any():
+            with suppress(OSError, DamagedSample):
+                names |= self.index.read(self.selection.ids.item(lacking.argmax()), metadata=True).metadata.keys() - {key}
+            raise DataError(f"{self.name}: {lacking.sum():,} of {len(self):,} samples have no {key!r}{nearest(key, names)}; "
+                            f"a filter leaves them out: not missing({key if key.isidentifier() else f'column({key!r})'})")
+        return found
 
     def digest(self) -> str:
         return self.selection.digest

@@ -6,7 +6,7 @@
 __all__ = ['LAYOUTS', 'HARMLESS', 'KINDS', 'FORMATS', 'Layout', 'parse_layout', 'expand_paths', 'Problem', 'perceptual_hash',
            'Shard', 'Scan', 'scan_shard', 'ShardIndex', 'open_index', 'index_shards', 'Verification', 'verify_shards']
 
-# %% ../nbs/15_shards.ipynb #4fd304f6
+# %% ../nbs/15_shards.ipynb #ea5a70eb
 import contextlib
 import glob
 import hashlib
@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from email.utils import parsedate_to_datetime
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from threading import Lock
 from typing import Any
@@ -46,12 +47,14 @@ from .data import DamagedSample, DataError, Encoded
 from .decoding import decode_full, peek
 from .files import atomic_directory, atomic_file, atomic_write, cache_folder, digest_bytes, read_json, write_json
 
-# %% ../nbs/15_shards.ipynb #acc86143
+# %% ../nbs/15_shards.ipynb #565e1012
 _PLACES = {"image_offset": np.int64, "image_bytes": np.int32, "caption_offset": np.int64, "caption_bytes": np.int32, "json_offset": np.int64,
            "json_bytes": np.int32, "width": np.int32, "height": np.int32, "format": np.uint8, "progressive": np.bool_, "hash64": np.uint64,
            "phash": np.uint64, "lot": np.uint64, "split": np.int8, "caption_chars": np.int32}
 _SCORES = {"punsafe": ("punsafe",), "similarity": ("similarity", "clip_b32_similarity_score", "clip_l14_similarity_score"),
            "aesthetic": ("aesthetic", "AESTHETIC_SCORE", "aesthetic_score"), "watermark": ("pwatermark", "watermark")}
+_DERIVED = ("aspect", "short_side", "long_side", "pixels")  # computed from width and height where they are asked for
+_TAKEN = {*_PLACES, *_DERIVED, "shard", "id", "caption", "by_lot", "repeated"}
 _IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "avif", "jp2")
 
 
@@ -88,7 +91,8 @@ def parse_layout(
         layout = LAYOUTS[text] if isinstance(text, str) else text
     if not layout.image or not layout.caption:
         raise DataError(f"the layout {text!r} says of no file that it is the {'image' if not layout.image else 'caption'}")
-    taken = [c for c in columns if c in _PLACES or c in ("shard", "phash", "id", "caption")]
+    columns = [c for c in columns if c not in _DERIVED]  # a side of the picture, not what the JSON calls so
+    taken = [c for c in (*layout.fields, *columns) if c in _TAKEN or "/" in c or c.endswith("_ends")]
     if taken:
         raise DataError(f"the column {taken[0]!r} is there anyway, and is not from the JSON; choose other names than {', '.join(_PLACES)}")
     return replace(layout, fields={**layout.fields, **{c: (c,) for c in columns if c not in layout.fields}})
@@ -99,7 +103,7 @@ def _layout_of(said: dict[str, Any]) -> Layout:
     lists = {k: tuple(v) for k, v in said.items() if k != "fields"}
     return Layout(**lists, fields={k: tuple(v) for k, v in said["fields"].items()})
 
-# %% ../nbs/15_shards.ipynb #b31fc67b
+# %% ../nbs/15_shards.ipynb #2ecf32d9
 _TARS = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")  # what is compressed is refused later, by name, not overlooked
 
 
@@ -120,7 +124,7 @@ def _braces(text: str) -> list[str]:
 
 def _natural(path: str) -> list[str | int]:
     "Sorting key under which 2.tar stands before 10.tar."
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path)]  # ² is a digit, and no number
 
 
 def _is_remote(path: str) -> bool:
@@ -145,7 +149,7 @@ def _common(paths: list[str]) -> str:
     same = next((i for i, level in enumerate(zip(*parts)) if len(set(level)) > 1), min(map(len, parts)))
     return "/".join(parts[0][:same])
 
-# %% ../nbs/15_shards.ipynb #93a92ba6
+# %% ../nbs/15_shards.ipynb #461c82a7
 def _remote_tars(path: str) -> list[str]:
     "The tars that an address stands for."
     scheme = path.partition("://")[0]
@@ -162,7 +166,7 @@ def _remote_tars(path: str) -> list[str]:
 
 def _local_tars(path: str) -> tuple[list[str], str]:
     "The tars that a local path stands for, and what was seen instead if there are none."
-    path = os.path.abspath(os.path.expanduser(path.removeprefix("file://")))
+    path = os.path.abspath(os.path.expanduser(path))
     if os.path.isdir(path):
         names = sorted(str(p) for p in Path(path).rglob("*") if p.is_file() and not any(q.startswith(".") for q in p.relative_to(path).parts))
         seen = ", ".join(os.path.relpath(n, path) for n in names[:3])
@@ -172,7 +176,7 @@ def _local_tars(path: str) -> tuple[list[str], str]:
     found = [f for f in glob.glob(path, recursive=True) if os.path.isfile(f)] if glob.has_magic(path) else []
     return found, f"nothing matches {path}" if glob.has_magic(path) else f"{path} is not there"
 
-# %% ../nbs/15_shards.ipynb #de5928e3
+# %% ../nbs/15_shards.ipynb #a0027df6
 def expand_paths(
     paths: str | os.PathLike | Sequence[str | os.PathLike],  # files, folders, globs, braces, addresses; several also as one text, divided by ::
 ) -> list[str]:  # absolute paths or addresses, each once, in natural order
@@ -182,7 +186,7 @@ def expand_paths(
     given = [w for t, kept in zip(texts, whole) for w in ([kept] if kept else [b for part in t.split("::") for b in _braces(part)])]
     found: list[str] = []
     missing: list[str] = []
-    for path in given:
+    for path in (p.removeprefix("file://") for p in given):
         if path.startswith("pipe:"):
             raise DataError(f"{path}: a pipe cannot be indexed, only streamed")
         tars, seen = (_remote_tars(path), f"no tars under {path}") if _is_remote(path) else _local_tars(path)
@@ -192,7 +196,7 @@ def expand_paths(
         more = f" … and {len(missing) - 8} more" if len(missing) > 8 else ""
         raise DataError(f"no tars where some were said to be: {'; '.join(missing[:8]) or 'nothing was named'}{more}. "
                         f"Looked for files that end in {', '.join(_TARS[:3])} …")
-    return sorted(dict.fromkeys(found), key=_natural)
+    return sorted(dict.fromkeys(found), key=lambda p: (_natural(p), p))
 
 # %% ../nbs/15_shards.ipynb #32656f24
 class _Local:
@@ -855,12 +859,26 @@ class Scan:
     values: dict[str, list]  # columns that are not scores: as they stand in the JSON
     problems: list[Problem]
 
-# %% ../nbs/15_shards.ipynb #0401bd70
+# %% ../nbs/15_shards.ipynb #79dd1163
 _PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 def _stamp(path: str) -> Shard:
     "What tells whether a tar is still the same: its size, its time and its last bytes. Raises `OSError`."
+    if _is_remote(path):
+        return _read_stamp(path)
+    now = os.stat(path)
+    return _kept_stamp(path, (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns))
+
+
+@lru_cache(maxsize=1 << 17)
+def _kept_stamp(path: str, status: tuple[int, ...]) -> Shard:
+    "The same, read once by a process while the file system says that nothing was touched."
+    return _read_stamp(path)
+
+
+def _read_stamp(path: str) -> Shard:
+    "The stamp of a tar as it is now."
     file = _open(path)
     start = max(0, file.length - 65536)
     tail = xxhash.xxh3_64_hexdigest(file.read(file.length - start, start) + file.length.to_bytes(8, "little"))
@@ -928,7 +946,7 @@ def _whole_tar(file: Any, shelf: _Collector, rows: list) -> None:
     kind = "no samples" if shelf.others else "not a tar" if damaged else "empty tar"
     shelf.problems.append((0, "", kind, f"it holds {endings}" if shelf.others else f"{file.length} bytes"))
 
-# %% ../nbs/15_shards.ipynb #41618d6e
+# %% ../nbs/15_shards.ipynb #b87c02de
 def scan_shard(
     path: str | os.PathLike,  # a tar, or its address
     layout: str | Layout = "auto",  # which files make a sample
@@ -967,9 +985,9 @@ def _as_scan(stamp: Shard, layout: Layout, rows: list, said: list, shelf: _Colle
     columns |= {name: np.array([_number(v) for v in fields[name]], np.float32) for name in _SCORES if name in fields}
     values = {name: list(found) for name, found in fields.items() if name not in _SCORES}
     ids, captions = [r[0] for r in rows], [r[1] for r in rows]
-    content = xxhash.xxh3_128(orjson.dumps([ids, captions]) + json.dumps(values).encode())
-    for name in ("hash64", "image_bytes", "width", "height", *_SCORES):
-        content.update(np.ascontiguousarray(columns[name]).tobytes() if name in columns else b"")
+    content = xxhash.xxh3_128(orjson.dumps([ids, captions]))  # what a network sees; scores and other columns are for choosing, and may be added
+    for name in ("hash64", "image_bytes", "width", "height"):
+        content.update(np.ascontiguousarray(columns[name]).tobytes())
     shard = replace(stamp, samples=len(rows), digest=content.hexdigest())
     problems = [Problem(shard.name, at, key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"), kind, detail)
                 for at, key, kind, detail in sorted(shelf.problems)]
@@ -1016,7 +1034,7 @@ def _fill_from_table(shelf: _Collector, path: str, ids: list[str], said: list) -
     shelf.problems += [(0, key, "not in the tar", f"{PurePosixPath(table).name} lists it as downloaded") for key in lost]
     return filled
 
-# %% ../nbs/15_shards.ipynb #5e16998f
+# %% ../nbs/15_shards.ipynb #274394ff
 def _packed_texts(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     "Texts as one row of bytes, and where each ends."
     encoded = [t.encode() for t in texts]
@@ -1039,13 +1057,14 @@ def _save_part(path: Path, scan: Scan, table: str) -> None:
     ids, id_ends = _packed_texts(scan.ids)
     captions, caption_ends = _packed_texts(scan.captions)
     about = {"shard": asdict(scan.shard), "table": table, "problems": [(p.offset, p.key, p.kind, p.detail) for p in scan.problems],
-             "kinds": {name: _kind_of(values) for name, values in scan.values.items()}}
+             "kinds": {name: _kind_of(values) for name, values in scan.values.items()},
+             "fields": [*(c for c in scan.columns if c in _SCORES), *scan.values], "phash": "phash" in scan.columns}
     arrays = {k: np.frombuffer(json.dumps(v).encode(), np.uint8) for k, v in {"about": about, "values": scan.values}.items()}
     arrays |= {f"column {k}": v for k, v in scan.columns.items()}
     with atomic_file(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, ids=ids, id_ends=id_ends, captions=captions, caption_ends=caption_ends, **arrays)  # type: ignore[arg-type]
 
-# %% ../nbs/15_shards.ipynb #defe58d8
+# %% ../nbs/15_shards.ipynb #5c1ae7a5
 @dataclass
 class _Part:
     "What is known of a finished tar without reading its columns."
@@ -1055,6 +1074,8 @@ class _Part:
     table: str
     problems: list[list]
     kinds: dict[str, str]
+    fields: list[str]  # of the JSON, which were looked at
+    phash: bool
 
 
 def _text_of(array: np.ndarray) -> Any:
@@ -1078,17 +1099,24 @@ def _table_stamp(path: str) -> str:
     return f"{os.stat(table).st_size} {os.stat(table).st_mtime_ns}" if table else ""
 
 
-def _is_done(path: str, part: Path) -> bool:
-    "Whether a tar's part is there and still right."
-    known = _load_part(part)
+def _holds(path: str, known: _Part | None) -> bool:
+    "Whether a part is there and of this tar as it is now."
     return known is not None and known.table == _table_stamp(path) and replace(known.shard, samples=0, digest="") == _stamp(path)
 
 
+def _is_done(path: str, part: Path, fields: Sequence[str], phash: bool) -> bool:
+    "Whether a tar's part is there, still right, and has all columns that are wanted."
+    known = _load_part(part)
+    return known is not None and {*fields} <= {*known.fields} and phash <= known.phash and _holds(path, known)
+
+
 def _scan_to_part(path: str, part: str, layout: Layout, looks: tuple[bool, bool]) -> None:
-    "Read a tar and keep what was found. What is there already and still right is left."
-    table = _table_stamp(path)
-    if not _is_done(path, Path(part)):
-        _save_part(Path(part), scan_shard(path, layout, phash=looks[0], decode=looks[1]), table)
+    "Read a tar and keep what was found. What is there already and still right is left; columns that it has beyond those asked for stay."
+    table, known = _table_stamp(path), _load_part(Path(part))
+    if not _is_done(path, Path(part), [*layout.fields], looks[0]):
+        more, phash = (known.fields, known.phash) if known is not None and _holds(path, known) else ([], False)
+        layout = replace(layout, fields={**{c: (c,) for c in more}, **layout.fields})
+        _save_part(Path(part), scan_shard(path, layout, phash=looks[0] or phash, decode=looks[1]), table)
 
 # %% ../nbs/15_shards.ipynb #137cf792
 def _tar_split(name: str) -> int:
@@ -1098,11 +1126,12 @@ def _tar_split(name: str) -> int:
     said = [_SPLITS[w] for w in [*folders[:1], *words[:1], *words[-1:]] if w in _SPLITS]
     return said[0] if said else -1
 
-# %% ../nbs/15_shards.ipynb #814e8a80
+# %% ../nbs/15_shards.ipynb #8c9e3423
 def _join(folder: Path, parts: list[_Part], names: list[str], settings: dict) -> None:
     "Write the columns of all parts, one after the other, into a folder."
     total = sum(p.shard.samples for p in parts)
-    kinds = {c: {p.kinds.get(c) for p in parts} for c in dict.fromkeys(c for p in parts for c in p.kinds)}
+    wanted = settings["layout"]["fields"]
+    kinds = {c: {p.kinds.get(c) for p in parts} for c in wanted if c not in _SCORES}
     codes: dict[str, dict[str, int]] = {c: {} for c, found in kinds.items() if "text" in found}
     dtypes: dict[str, Any] = {"shard": np.int32, **_PLACES, **{s: np.float32 for s in _SCORES}}
     dtypes |= {c: np.int32 if c in codes else np.float64 for c in kinds}
@@ -1112,7 +1141,7 @@ def _join(folder: Path, parts: list[_Part], names: list[str], settings: dict) ->
         start = 0
         for number, (part, name) in enumerate(zip(parts, names)):
             end = start + part.shard.samples
-            for column, values in _part_columns(part, number, name, codes).items():
+            for column, values in _part_columns(part, number, name, codes, {*wanted, *(["phash"] if settings["phash"] else [])}).items():
                 key = column if column.endswith("_ends") else column.removeprefix("column ")
                 if key not in arrays:
                     dtype = np.int64 if key.endswith("_ends") else dtypes[key]
@@ -1132,15 +1161,20 @@ def _join(folder: Path, parts: list[_Part], names: list[str], settings: dict) ->
     digest = xxhash.xxh3_128(orjson.dumps([p.shard.digest for p in parts])).hexdigest()
     write_json(folder / "index.json", {**settings, "samples": total, "digest": digest, "columns": [c for c in arrays if not c.endswith("_ends")],
                                        "categories": {c: list(found) for c, found in codes.items()},
+                                       "empty": [c for c, found in kinds.items() if found == {"nothing"}],
                                        "tables": [p.table for p in parts],
                                        "shards": [asdict(replace(p.shard, name=n)) for p, n in zip(parts, names)]})
 
-# %% ../nbs/15_shards.ipynb #f20ca3ef
-def _part_columns(part: _Part, number: int, name: str, codes: dict[str, dict[str, int]]) -> dict[str, np.ndarray]:
-    "A part's columns as they stand in the index."
+# %% ../nbs/15_shards.ipynb #b319c032
+def _part_columns(part: _Part, number: int, name: str, codes: dict[str, dict[str, int]], wanted: set[str]) -> dict[str, np.ndarray]:
+    "A part's columns as they stand in the index. Raises `OSError` if the part is not the one that was looked at."
     with np.load(part.path) as kept:
-        columns = {k: kept[k] for k in kept.files if k not in ("about", "values", "ids", "captions")}
-        values = _text_of(kept["values"])
+        about, values = _text_of(kept["about"]), _text_of(kept["values"])
+        if about["shard"] != asdict(part.shard) or not wanted - {"phash"} <= {*about["fields"]} or not ("phash" in wanted) <= about["phash"]:
+            raise OSError(f"the part of {part.shard.path} in {part.path.parent} was replaced while the index was made; try again")
+        beyond = {f"column {c}" for c in (*_SCORES, "phash") if c not in wanted}  # for other runs
+        columns = {k: kept[k] for k in kept.files if k not in beyond and k not in ("about", "values", "ids", "captions")}
+    values = {c: found for c, found in values.items() if c in wanted}
     columns["column shard"] = np.full(part.shard.samples, number, np.int32)
     columns["column split"] = np.where(columns["column split"] >= 0, columns["column split"], _tar_split(name)).astype(np.int8)
     for column, found in values.items():
@@ -1185,7 +1219,7 @@ def _handle_limit() -> int:
     except (ImportError, OSError, ValueError):
         return 64
 
-# %% ../nbs/15_shards.ipynb #b8fa8163
+# %% ../nbs/15_shards.ipynb #aafa7dc4
 class _Mapped:
     "The files of an index, mapped into memory."
 
@@ -1203,7 +1237,7 @@ class _Mapped:
         self.columns = {name: self._array(name) for name in about["columns"]}
         self._samples, self._digest = about["samples"], about["digest"]
         self._ends = {name: self._array(f"{name}_ends").data for name in ("id", "caption")}
-        self._texts = {name: self._blob(f"{name}s.bin") for name in ("id", "caption")}
+        self._texts = {name: self._blob(f"{name}s.bin", ends[-1]) for name, ends in self._ends.items()}
         self._by_lot, self._repeated = self._array("by_lot"), self._array("repeated")
         self._handles = _Handles(self.shards)
         self._where = tuple(self.columns[c].data for c in ("shard", "image_offset", "image_bytes", "hash64"))  # quicker than arrays, entry by entry
@@ -1212,9 +1246,11 @@ class _Mapped:
         "A column, mapped into memory; as a plain array, whose entries are quicker to get at."
         return np.asarray(np.load(self.folder / f"{name}.npy", mmap_mode="r"))
 
-    def _blob(self, name: str) -> mmap.mmap:
-        "Texts, mapped into memory."
+    def _blob(self, name: str, length: int) -> mmap.mmap:
+        "Texts, mapped into memory. A file that was cut would give empty texts, without an error."
         with open(self.folder / name, "rb") as file:
+            if (found := os.fstat(file.fileno()).st_size) != length:
+                raise ValueError(f"{self.folder / name} has {found} bytes of {length}")
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def __len__(self) -> int:
@@ -1484,8 +1520,8 @@ def _scan_all(tasks: list[tuple[str, str]], layout: Layout, looks: tuple[bool, b
                     helper.close()
     return failed
 
-# %% ../nbs/15_shards.ipynb #70bfb4dd
-_VERSION = 1
+# %% ../nbs/15_shards.ipynb #a89577a1
+_VERSION = 2
 
 
 @contextlib.contextmanager
@@ -1499,12 +1535,21 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
         yield
 
 
-def _homes(paths: Any, files: list[str], settings: dict) -> list[Path]:
-    "Where an index of these tars may lie, the best place first."
-    texts = [os.fspath(p) for p in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
-    spelt = ["::".join(q if _is_remote(q) else os.path.abspath(os.path.expanduser(q)) for q in t.split("::")) for t in texts]
-    name = digest_bytes(json.dumps([sorted(spelt), settings], sort_keys=True))[:16]
-    beside = [] if any(map(_is_remote, files)) else [Path(_common(files) or "/") / ".difflit" / name]
+def _settings(layout: Layout, phash: bool) -> dict[str, Any]:
+    "What an index was made with, as JSON."
+    return {"version": _VERSION, "layout": json.loads(json.dumps(asdict(layout))), "phash": phash, "most_pixels": Image.MAX_IMAGE_PIXELS}
+
+
+def _fixed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    "What makes another index, and not only more columns of the same."
+    fields = {column: tried for column, tried in settings["layout"]["fields"].items() if tried != [column]}
+    return {"version": settings["version"], "most_pixels": settings["most_pixels"], "layout": {**settings["layout"], "fields": fields}}
+
+
+def _homes(files: list[str], settings: dict) -> list[Path]:
+    "Where an index of these tars may lie, however they were named, the best place first."
+    name, common = digest_bytes(json.dumps([files, _fixed(settings)], sort_keys=True))[:16], _common(files)
+    beside = [] if any(map(_is_remote, files)) or common in ("", "/") else [Path(common) / ".difflit" / name]  # on two disks: beside neither
     return [*beside, cache_folder("shards") / name]
 
 
@@ -1540,7 +1585,7 @@ def _failures(failed: dict[str, list[str]], done: int) -> None:
         messages = "\n".join(f"{path}: {message}" for path, (_, message) in list(failed.items())[:8])
         raise OSError(f"{len(failed)} tars could not be read; the {done} others are kept, so that the next call goes on from here:\n{messages}")
 
-# %% ../nbs/15_shards.ipynb #7e94a00d
+# %% ../nbs/15_shards.ipynb #f8b2f017
 def _nothing(kept: list[_Part], names: list[str], layout: Layout) -> DataError:
     "What to say when there is no sample at all."
     told = [str(Problem(n, *q)) for p, n in zip(kept, names) for q in p.problems]
@@ -1574,37 +1619,80 @@ def _publish(place: Path, fill: Callable[[Path], None]) -> ShardIndex:
     return index
 
 
-def _tidy_up(folder: Path, wanted: set[Path]) -> None:
-    "Remove older indices, parts of tars that are not in the set any more, and what killed processes left a day ago."
-    yesterday = time.time() - 86400
-    for path in [*folder.glob("index-*"), *(folder / "parts").glob("*.npz"), *folder.glob(".*.partial"), *(folder / "parts").glob(".*.partial")]:
+def _same_tars(place: Path, index: ShardIndex) -> bool:
+    "Whether a folder holds an index of the same tars, which others may be using, not a week old."
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return [Shard(**s) for s in read_json(place / "index.json")["shards"]] == index.shards and place.stat().st_mtime > time.time() - 7 * 86400
+    return False
+
+
+def _is_gone(part: Path) -> bool:
+    "Whether the tar of a part was deleted; not when its whole folder is away, which may be mounted elsewhere."
+    known = _load_part(part)
+    return known is not None and os.path.isdir(os.path.dirname(known.shard.path)) and not os.path.exists(known.shard.path)
+
+
+def _tidy_up(folder: Path, shelf: Path, wanted: set[Path], index: ShardIndex) -> None:
+    "Remove indices of tars as they were, parts that nobody can want any more, and what killed processes left a day ago."
+    yesterday, shared = time.time() - 86400, shelf != folder / "parts"
+    others = [p for p in shelf.glob("*.npz") if p not in wanted and not p.name.startswith(".")]
+    old = [p for p in folder.glob("index-*") if p not in wanted and not _same_tars(p, index)]
+    old += [p for p in others[:1000] if _is_gone(p)] if shared else others
+    for path in [*old, *folder.glob(".*.partial"), *shelf.glob(".*.partial")]:
         with contextlib.suppress(OSError):
-            if path not in wanted and (not path.name.startswith(".") or path.stat().st_mtime < yesterday):
+            if not path.name.startswith(".") or path.stat().st_mtime < yesterday:
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
 
-# %% ../nbs/15_shards.ipynb #d3010422
-def _make_index(folder: Path, files: list[str], layout: Layout, settings: dict, workers: int | None, progress: bool) -> ShardIndex:
-    "Scan what is new, join all, and make the result the current one."
-    key = json.dumps(settings, sort_keys=True)
-    parts = {f: folder / "parts" / f"{digest_bytes(f'{f} {key}')[:24]}.npz" for f in files}
+# %% ../nbs/15_shards.ipynb #51594523
+def _parts_of(files: list[str], shelf: Path, layout: Layout, settings: dict) -> tuple[dict[str, Path], list[str]]:
+    "Each tar's part, on this shelf or on one beside the tar that another set has left, and the tars that must be read."
+    key, folders = json.dumps(_fixed(settings), sort_keys=True), {os.path.dirname(f): [shelf] for f in files}
+    for folder, shelves in folders.items():
+        above = [] if _is_remote(folder) else [p / ".difflit" / "parts" for p in (Path(folder), *list(Path(folder).parents)[:4])]
+        shelves += [p for p in above if p != shelf and p.is_dir()]
+
+    def find(file: str) -> tuple[Path, bool]:
+        "The part, and whether it will do."
+        places = [p / f"{digest_bytes(f'{file} {key}')[:24]}.npz" for p in folders[os.path.dirname(file)]]
+        found = next((p for p in places if p.is_file() and _is_done(file, p, [*layout.fields], settings["phash"])), None)
+        return found or places[0], found is not None
+
     with ThreadPoolExecutor(16) as pool:
-        done = pool.map(_is_done, parts, parts.values())
-    todo = [(f, str(p)) for (f, p), d in zip(parts.items(), done) if not d]
-    failed = _scan_all(todo, layout, (settings["phash"], False), workers, progress)
+        found = dict(zip(files, pool.map(find, files)))
+    return {f: part for f, (part, _) in found.items()}, [f for f, (_, done) in found.items() if not done]
+
+
+def _widened(folder: Path, files: list[str], settings: dict) -> dict:
+    "The settings, with the columns that the present index of these tars has beyond them."
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        said = read_json(folder / read_json(folder / "current.json")["index"] / "index.json")
+        if [s["path"] for s in said["shards"]] == files and _fixed(said) == _fixed(settings):
+            more = {c: tried for c, tried in said["layout"]["fields"].items() if c not in said["empty"]}  # nobody misses a name that was misspelt
+            layout = {**settings["layout"], "fields": {**more, **settings["layout"]["fields"]}}
+            return {**settings, "layout": layout, "phash": settings["phash"] or said["phash"]}
+    return settings
+
+# %% ../nbs/15_shards.ipynb #8d1d16d9
+def _make_index(folder: Path, shelf: Path, files: list[str], settings: dict, workers: int | None, progress: bool) -> ShardIndex:
+    "Scan what is new, join all, and make the result the current one."
+    settings = _widened(folder, files, settings)
+    layout = _layout_of(settings["layout"])
+    parts, todo = _parts_of(files, shelf, layout, settings)
+    failed = _scan_all([(f, str(parts[f])) for f in todo], layout, (settings["phash"], False), workers, progress)
     _failures(failed, len(files) - len(failed))
     kept = [p for p in map(_load_part, parts.values()) if p is not None]
     if len(kept) < len(files):
-        raise OSError(f"parts of the index vanished from {folder / 'parts'} while it was made; try again")
+        raise OSError(f"parts of the index vanished from {shelf} while it was made; try again")
     names = _names(files)
     if not any(p.shard.samples for p in kept):
         raise _nothing(kept, names, layout)
     name = "index-" + digest_bytes(json.dumps([settings, names, [asdict(p.shard) for p in kept], [p.table for p in kept]], sort_keys=True))[:16]
     index = _opened(folder / name) or _publish(folder / name, lambda place: _join(place, kept, names, settings))
     write_json(folder / "current.json", {"index": name})
-    _tidy_up(folder, {folder / name, *parts.values()})
+    _tidy_up(folder, shelf, {folder / name, *parts.values()}, index)
     return index
 
-# %% ../nbs/15_shards.ipynb #ce73086e
+# %% ../nbs/15_shards.ipynb #a6169f2a
 def index_shards(
     paths: str | os.PathLike | Sequence[str | os.PathLike],  # whatever `expand_paths` understands
     *,
@@ -1616,19 +1704,20 @@ def index_shards(
     progress: bool = False,  # a bar, by tqdm
 ) -> ShardIndex:  # all samples of all tars
     "Index tars; those that are unchanged since the last time are not read again. Raises `DataError` if nothing is found, `OSError` if a tar cannot be read."
-    files, layout = expand_paths(paths), parse_layout(layout, columns)
-    settings = {"version": _VERSION, "layout": json.loads(json.dumps(asdict(layout))), "phash": phash, "most_pixels": Image.MAX_IMAGE_PIXELS}
-    places = [Path(folder)] if folder is not None else _homes(paths, files, settings)
+    files = expand_paths(paths)
+    settings = _settings(parse_layout(layout, columns), phash)
+    places = [Path(folder)] if folder is not None else _homes(files, settings)
     ready = next((index for place in places if (index := _ready(place, files, settings)) is not None), None)
     if ready is not None:
         return ready
     place = _writable(places)
     with _one_at_a_time(place):
-        return _ready(place, files, settings) or _make_index(place, files, layout, settings, workers, progress)
+        shelf = _writable([*([place.parent / "parts"] if folder is None else []), place / "parts"])
+        return _ready(place, files, settings) or _make_index(place, shelf, files, settings, workers, progress)
 
 
 def _ready(place: Path, files: list[str], settings: dict) -> ShardIndex | None:
-    "The index that is there, if it is of these tars as they are now."
+    "The index that is there, if it is of these tars as they are now and has at least the columns that are wanted."
     if not (place / "current.json").exists():
         return None
     try:
@@ -1636,14 +1725,15 @@ def _ready(place: Path, files: list[str], settings: dict) -> ShardIndex | None:
     except DataError:
         return None
     said = read_json(index.folder / "index.json")
-    if [s.path for s in index.shards] != files or any(said.get(k) != v for k, v in settings.items()):
+    if [s.path for s in index.shards] != files or said["version"] != _VERSION or _fixed(said) != _fixed(settings):
         return None
+    wanted = {*settings["layout"]["fields"]}
+    if not {*said["empty"]} <= wanted <= {*said["layout"]["fields"]} or not settings["phash"] <= said["phash"]:
+        return None  # an empty column that nobody asks for was misspelt, and would hide that it is again
     with ThreadPoolExecutor(16) as pool:
         same = pool.map(lambda s: replace(s, name="", samples=0, digest="") == replace(_stamp(s.path), name=""), index.shards)
         tables = pool.map(_table_stamp, files)
     return index if all(same) and list(tables) == said["tables"] else None
-
-
 
 # %% ../nbs/15_shards.ipynb #67ab7b7d
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['tars_at', 'WatchedTar', 'sample_of', 'Account', 'TarStream', 'StreamLoader', 'Glimpse']
 
-# %% ../nbs/19_streams.ipynb #696479e7
+# %% ../nbs/19_streams.ipynb #f1cfb3d6
 import bz2
 import contextlib
 import gzip
@@ -19,27 +19,30 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 import torch
 import webdataset
+import xxhash
 from PIL import Image
 from torch import Tensor
 from webdataset.filters import shuffle
 from webdataset.shardlists import expand_urls
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
 from .augmentation import Augmentation, draw, prepare
+from .config import nearest
 from .data import DamagedSample, DataError, Encode, Encoded, Sample, Source, as_numbers, assemble
 from .decoding import decode_full, peek, pick_decoder
-from .files import digest_bytes
+from .files import digest_bytes, digest_file
 from .loading import dropped
 from .randomness import permute, uniform
 from .runs import rank_and_world
-from .selection import SeenBefore, parse_rules
-from .shards import Layout, _filesystem, _parse_json, _tidy, _unsafe, expand_paths, parse_layout
+from .selection import _SIZES, SeenBefore, parse_rules
+from .shards import Layout, _filesystem, _parse_json, _roles, _tidy, _unsafe, expand_paths, parse_layout
 
 # %% ../nbs/19_streams.ipynb #9ede82aa
 def tars_at(
@@ -163,6 +166,31 @@ def _json(content: bytes) -> dict[str, Any]:
         raise DamagedSample(f"its JSON is a {type(value).__name__}, not a dictionary")
     return value
 
+# %% ../nbs/19_streams.ipynb #0ac3739a
+def _loose(name: str, roles: dict[str, Any]) -> tuple[str, str] | None:
+    "Key and ending of a file that belongs to a sample only by what follows its last dot."
+    ending = name.rpartition("/")[2].partition(".")[2]
+    last = ending.rpartition(".")[2]
+    if last == ending or ending in roles or ending.lower() in roles or last.lower() not in roles:
+        return None
+    return name[: -len(last) - 1], last
+
+
+def _parts(files: dict[str, Any], roles: dict[str, Any]) -> Iterator[tuple[dict[str, Any], bool]]:
+    "The samples among files whose names are the same up to the first dot; and whether it is no loss if one is not whole."
+    key = files["__key__"].removeprefix("./")
+    groups: dict[str, dict[str, Any]] = {}
+    own: dict[str, Any] = {"__key__": key}
+    for ending, content in files.items():
+        if loose := _loose(f"{key}.{ending}", roles):
+            groups.setdefault(loose[0], {"__key__": loose[0]})[loose[1]] = content
+        elif not ending.startswith("__"):
+            own[ending] = content
+    used = any(e in roles or e.lower() in roles for e in own)
+    if used or not groups:
+        yield own, False
+    yield from ((group, used) for group in groups.values())
+
 # %% ../nbs/19_streams.ipynb #c361a83a
 @dataclass
 class Account:
@@ -253,13 +281,49 @@ class _Places:
         "Where to begin after a stop."
         return min(self._out, default=self.next)
 
-# %% ../nbs/19_streams.ipynb #328bb6bf
+# %% ../nbs/19_streams.ipynb #99641fc4
+class _Memory:
+    "Which pictures came in an epoch: all that were read, to judge by; those of settled tars, to be saved."
+
+    def __init__(self, expected: int, tars: int, place: int = 0, file: str | Path | None = None):
+        self.expected, self.tars, self._lock = expected, tars, Lock()
+        self._epoch = self._settled_epoch = place // tars
+        self._all, self._settled = (SeenBefore.load(file) if file else SeenBefore(expected) for _ in range(2))
+        self._waiting: dict[int, list[bytes]] = {}  # by place, hashes of pictures of tars that are not settled
+
+    def came_before(self, content: bytes, place: int) -> bool:
+        "Whether a picture came in this epoch; from now on it did."
+        with self._lock:
+            if place // self.tars != self._epoch:
+                self._epoch, self._all = place // self.tars, SeenBefore(self.expected)
+            mark = xxhash.xxh3_128_digest(content)
+            before = self._all.add(mark)
+            if not before:
+                self._waiting.setdefault(place, []).append(mark)
+            return before
+
+    def settle(self, place: int) -> None:
+        "All places before this one are settled."
+        with self._lock:
+            if place // self.tars != self._settled_epoch:
+                self._settled_epoch, self._settled = place // self.tars, SeenBefore(self.expected)
+            for done in [p for p in self._waiting if p < place]:
+                for mark in self._waiting.pop(done):
+                    if done // self.tars == self._settled_epoch:
+                        self._settled.add(mark)
+
+    def save(self, path: str | Path) -> Path:
+        "Write what came in settled tars of this epoch to a file, whole or not at all."
+        with self._lock:
+            return self._settled.save(path)
+
+# %% ../nbs/19_streams.ipynb #7881e282
 class _Judge:
     "Which usable samples are wanted."
 
-    def __init__(self, where: str, layout: Layout, unique: int, account: Account):
-        self.rules, self.where, self.layout, self.unique, self.account = parse_rules(where), where, layout, unique, account
-        self._epoch, self._before = -1, SeenBefore(max(1, unique))
+    def __init__(self, where: str, layout: Layout, memory: _Memory | None, account: Account):
+        self.rules, self.where, self.layout, self.memory, self.account = parse_rules(where), where, layout, memory, account
+        self.keys, self.found = set[str](), {"caption", "id", "shard", "width", "height", "caption_chars", *_SIZES}
 
     def wants(self, sample: Encoded, visit: _Visit) -> bool:
         "Whether a sample passes the filter, and is new where that matters. Raises `DamagedSample` if it is no image."
@@ -267,7 +331,7 @@ class _Judge:
         if self.where and not self.rules.accepts(self._record(sample, visit, size)):
             self.account.rejected += 1
             return False
-        if self.unique and self._came_before(sample.content, visit.place // self.account.tars):
+        if self.memory is not None and self.memory.came_before(sample.content, visit.place):
             self.account.repeated += 1
             return False
         return True
@@ -275,19 +339,23 @@ class _Judge:
     def _record(self, sample: Encoded, visit: _Visit, size: tuple[int, int]) -> dict[str, Any]:
         "What the filter may ask for: fields of the JSON under the names that the layout gives them, and what is seen of the picture."
         record: dict[str, Any] = {}
+        if len(self.keys) < 1000:
+            self.keys.update(k for k in sample.metadata if isinstance(k, str))
         for name in self.rules.names:
             values = (sample.metadata.get(k) for k in self.layout.fields.get(name, (name,)))
             value = next((v for v in values if v is not None), None)
             record[name] = value if isinstance(value, int | float | str) else None
+            if value is not None:
+                self.found.add(name)
         own = {"caption": sample.caption, "id": sample.id, "shard": _short(visit), "width": size[0], "height": size[1]}
         return record | own
 
-    def _came_before(self, content: bytes, epoch: int) -> bool:
-        if epoch != self._epoch:
-            self._epoch, self._before = epoch, SeenBefore(self.unique)
-        return self._before.add(content)
+    def strange(self) -> str:
+        "Names of the filter that no sample has, as the end of a message."
+        names, there = [n for n in self.rules.names if n not in self.found], ", ".join(sorted(self.keys)[:40]) or "nothing"
+        return "".join(f". No sample has {n!r}, which the filter asks for{nearest(n, self.keys | self.found)} (the metadata holds {there})" for n in names)
 
-# %% ../nbs/19_streams.ipynb #164bb9e4
+# %% ../nbs/19_streams.ipynb #46c67ac9
 def _open_stream(tar: str) -> Any:
     "A tar's bytes: by the library, or by fsspec where the library has no way."
     scheme = urlsplit(tar).scheme if "://" in tar and not tar.startswith("pipe:") else ""
@@ -297,16 +365,28 @@ def _open_stream(tar: str) -> Any:
     return webdataset.gopen(str(tar))
 
 
-def _between(files: Iterable[dict]) -> Iterator[dict]:
-    "Close the sample in the making whenever another tar begins."
-    last = None
+def _between(files: Iterable[dict], roles: dict[str, Any]) -> Iterator[dict]:
+    "Close the sample in the making whenever another tar begins; and of samples named by their last dot whenever one is whole and another begins."
+    last, stem, kinds, main = None, "", set[str](), None
     for file in files:
-        if file and file["__url__"] is not last:
-            last = file["__url__"]
+        if not file:  # the library's own mark
+            yield file
+            continue
+        if file["__url__"] is not last:
+            last, stem, main = file["__url__"], "", None
             yield {}
+        loose, (key, ending) = _loose(file["fname"], roles), base_plus_ext(file["fname"])
+        if loose is None:
+            stem, main = "", key if ending and ending.lower() in roles else main  # to this key may belong what follows, too
+        elif loose[0] != stem:
+            if stem and key != main and "image" in kinds and len(kinds) > 1:
+                yield {}
+            stem, kinds = loose[0], set()
+        if loose is not None:
+            kinds.add(roles[loose[1].lower()][0])
         yield file
 
-# %% ../nbs/19_streams.ipynb #fdc8e48c
+# %% ../nbs/19_streams.ipynb #4db2a6e3
 def _plain(error: Exception) -> str:
     "An error in words; the library's for commands says less than it is long."
     text = str(error.args[0]) if error.args else ""
@@ -317,8 +397,8 @@ def _plain(error: Exception) -> str:
 class _TarReader:
     "Opens tars for the library, under a watcher, and hears of its errors."
 
-    def __init__(self, places: _Places, account: Account):
-        self.places, self.account, self.visit = places, account, _Visit()
+    def __init__(self, places: _Places, account: Account, judge: _Judge):
+        self.places, self.account, self.judge, self.visit = places, account, judge, _Visit()
         self.fruitless = 0  # tars since a sample was accepted
 
     def opened(self, visits: Iterable[_Visit]) -> Iterator[dict[str, Any]]:
@@ -326,7 +406,7 @@ class _TarReader:
         for self.visit in visits:
             self.fruitless += 1
             if self.fruitless > 10 * self.account.tars + 1:
-                self.account.stop(f"{self.fruitless - 1} tars in a row held nothing that could be used")
+                self.account.stop(f"{self.fruitless - 1} tars in a row held nothing that could be used{self.judge.strange()}")
             watched = None
             try:
                 watched = WatchedTar(_open_stream(self.visit))
@@ -357,9 +437,54 @@ class _TarReader:
             self.account.lose(self.visit, text)
         return True
 
-# %% ../nbs/19_streams.ipynb #0756e9d3
+# %% ../nbs/19_streams.ipynb #fbdaf688
+class _Accepting:
+    "From files that share a name to the samples that are wanted."
+
+    layout: Layout
+    where: str
+    patience: int
+    account: Account
+    places: _Places
+    _roles: dict[str, tuple[str, int]]
+    _judge: _Judge
+    _reader: _TarReader
+
+    def _judged(self, files: dict[str, Any]) -> Iterator[Encoded | None]:
+        "The samples that files make; None for each that is not wanted or cannot be used."
+        visit = files["__url__"]
+        for part, spare in _parts(files, self._roles):
+            sample, fault = None, ""
+            try:
+                sample = sample_of(part, self.layout)
+                sample = sample if self._judge.wants(sample, visit) else None
+            except DamagedSample as error:
+                if spare:
+                    continue
+                sample, fault = None, str(error)
+            self.account.seen += 1
+            if fault:
+                self.account.spoil(visit, part["__key__"], fault)
+            yield sample
+
+    def _accepted(self, groups: Iterable[dict]) -> Iterator[tuple[int, Encoded]]:
+        "Samples that can be used, as far as can be told without decoding them."
+        idle = 0
+        for files in groups:
+            place = files["__url__"].place
+            for sample in self._judged(files):
+                idle = 0 if sample is not None else idle + 1
+                if sample is not None:
+                    self._reader.fruitless = 0
+                    self.places.take(place)
+                    yield place, sample
+                elif idle >= self.patience:
+                    by = f" by {self.where!r}{self._judge.strange()}" if self.where else ""
+                    self.account.stop(f"none of {idle} samples in a row was accepted{by}")
+
+# %% ../nbs/19_streams.ipynb #5cdce7c2
 @dataclass
-class TarStream:
+class TarStream(_Accepting):
     "The samples of one rank's tars, without end. Iterating yields (place, sample); whoever takes one calls `places.settle(place)` in the end."
 
     tars: Sequence[str]  # addresses
@@ -374,35 +499,29 @@ class TarStream:
     bad_samples: float = 0.01  # share of samples, or of tars, that may be unusable
     patience: int = 10_000  # samples in a row that may be turned down
     on_bad: Callable[[str, str], None] | None = None  # told once of everything unusable: where, why
+    seen: str | Path | None = None  # file that `save_seen` wrote: what came before `start` in its epoch
 
     def __post_init__(self) -> None:
         self.account = Account(len(self.tars), self.bad_samples, self.on_bad)
         self.places = _Places(self.tars, self.seed, self.rank, self.world, self.start)
-        self._reader = _TarReader(self.places, self.account)
-        self._judge = _Judge(self.where, self.layout, self.unique, self.account)
+        self.memory = _Memory(self.unique, len(self.tars), self.places.next, self.seen) if self.unique else None
+        self._roles, self._judge = _roles(self.layout), _Judge(self.where, self.layout, self.memory, self.account)
+        self._reader = _TarReader(self.places, self.account, self._judge)
 
-    def _accepted(self, groups: Iterable[dict]) -> Iterator[tuple[int, Encoded]]:
-        "Samples that can be used, as far as can be told without decoding them."
-        idle = 0
-        for files in groups:
-            visit, wanted = files["__url__"], False
-            self.account.seen += 1
-            try:
-                sample = sample_of(files, self.layout)
-                wanted = self._judge.wants(sample, visit)
-            except DamagedSample as error:
-                self.account.spoil(visit, files["__key__"], str(error))
-            idle = 0 if wanted else idle + 1
-            if wanted:
-                self._reader.fruitless = 0
-                self.places.take(visit.place)
-                yield visit.place, sample
-            elif idle >= self.patience:
-                self.account.stop(f"none of {idle} samples in a row was accepted{f' by {self.where!r}' if self.where else ''}")
+    def save_seen(
+        self,
+        path: str | Path,  # of the file; replaced whole
+        place: int | None = None,  # where a resumed stream will begin (None: at the first place that is not settled)
+    ) -> Path:  # the path
+        "Save which pictures came in the settled tars of this epoch. Raises `ValueError` if nothing is remembered."
+        if self.memory is None:
+            raise ValueError("this stream does not remember pictures: give it unique=N, for about N of them in an epoch")
+        self.memory.settle(self.places.first_unsettled() if place is None else place)
+        return self.memory.save(path)
 
     def __iter__(self) -> Iterator[tuple[int, Encoded]]:
         handle = self._reader.handle
-        stages = [self.places.visits, self._reader.opened, partial(tar_file_expander, handler=handle), _between,
+        stages = [self.places.visits, self._reader.opened, partial(tar_file_expander, handler=handle), partial(_between, roles=self._roles),
                   partial(group_by_keys, lcase=False, handler=handle), self._accepted]
         if self.buffer > 0:
             stages.append(shuffle(self.buffer, initial=self.buffer, seed=f"{self.seed} {self.places.next}"))
@@ -486,7 +605,7 @@ class _Batches:
             batch = assemble(image if self.raw else as_numbers(image.contiguous()), captions, [f.id for f in found], positions, self.encode)
             yield {k: v.pin_memory() if self.pin and isinstance(v, Tensor) else v for k, v in batch.items()}, self.stream.places.first_unsettled()
 
-# %% ../nbs/19_streams.ipynb #0fc2bb00
+# %% ../nbs/19_streams.ipynb #8b0ad7ec
 class _Resumable:
     "Handing out batches in order, and where that stands."
 
@@ -496,13 +615,14 @@ class _Resumable:
     world: int
     batch_size: int
     workers: int
-    _start: Callable[[int, int], _Batches]  # from a place and a position on
+    _start: Callable[[int, int, Path | None], _Batches]  # from a place and a position on, with what came before
     _reader: ThreadPoolExecutor | None = None
     _closed = False
 
-    def _begin(self, place: int, position: int) -> None:
+    def _begin(self, place: int, position: int, seen: Path | None = None) -> None:
         "Read from a place on."
-        self.position, self._queue, parts = position, deque[Future](), self._start(place, position)
+        self.position, self._queue, parts = position, deque[Future](), self._start(place, position, seen)
+        self._memory = parts.stream.memory
         self.account, self._place, self._painter = parts.stream.account, parts.stream.places.first_unsettled(), parts.painter
         self._made = parts.make(position)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="stream reader") if self.workers else None
@@ -527,6 +647,8 @@ class _Resumable:
             self.close()
             raise
         self.position += self.batch_size
+        if self._memory is not None:
+            self._memory.settle(self._place)
         return batch
 
     @property
@@ -540,7 +662,7 @@ class _Resumable:
             self._closed = True
             self._end()
 
-# %% ../nbs/19_streams.ipynb #cb6b6317
+# %% ../nbs/19_streams.ipynb #62f4956c
 class _Stateful(_Resumable):
     "Saving and loading where a stream stands."
 
@@ -553,14 +675,21 @@ class _Stateful(_Resumable):
     def __exit__(self, *_) -> None:
         self.close()
 
-    def state_dict(self) -> dict[str, Any]:
-        "Where this rank stands: a few numbers, as JSON knows them. Every rank has its own."
-        return {"version": 1, "seed": self.seed, "tars": len(self.tars), "digest": digest_bytes("\n".join(self.tars))[:16],
-                "rank": self.rank, "world": self.world, "place": self._place, "position": self.position}
+    def state_dict(
+        self,
+        seen: str | Path | None = None,  # a file to be written beside the state: which pictures came, where `unique` asks for that
+    ) -> dict[str, Any]:  # a few numbers, as JSON knows them
+        "Where this rank stands. Every rank has its own."
+        state: dict[str, Any] = {"version": 1, "seed": self.seed, "tars": len(self.tars), "digest": digest_bytes("\n".join(self.tars))[:16],
+                                 "rank": self.rank, "world": self.world, "place": self._place, "position": self.position}
+        if seen is not None and self._memory is not None:
+            state["seen"] = {"file": self._memory.save(seen).name, "sha256": digest_file(seen)}
+        return state
 
     def load_state_dict(
         self,
         state: dict[str, Any] | Sequence[dict[str, Any]],  # this rank's, or those of all ranks
+        seen: str | Path | None = None,  # the folder of the files that were written beside the states
     ) -> None:
         "Go on behind the last delivered batch, from the beginning of the tar that was being read. Raises `DataError` if it cannot."
         states = [state] if isinstance(state, dict) else list(state)
@@ -573,10 +702,26 @@ class _Stateful(_Resumable):
         if not own and len(states) < states[0]["world"]:
             raise DataError(f"this is rank {self.rank} of {self.world}, and the state that of rank {states[0]['rank']} of {states[0]['world']}: "
                             f"load a list with the states of all {states[0]['world']} ranks")
+        remembered = _seen_file(own[0], seen) if own and self._memory is not None else None
+        if self._memory is not None and remembered is None:
+            logging.getLogger("difflit").warning("what came before the stop is not known: pictures of that part of the epoch may come a second time")
         self._end()
-        self._begin(own[0]["place"] if own else min(s["place"] for s in states), states[0]["position"])
+        self._begin(own[0]["place"] if own else min(s["place"] for s in states), states[0]["position"], remembered)
 
-# %% ../nbs/19_streams.ipynb #b1c6cfc1
+
+def _seen_file(state: dict[str, Any], folder: str | Path | None) -> Path | None:
+    "The file with what came before a stop. Raises `DataError` if it is not the state's."
+    if folder is None or "seen" not in state:
+        return None
+    path = Path(folder) / Path(state["seen"]["file"]).name
+    if not path.is_file():
+        raise DataError(f"{path}, with the pictures that came before the stop, is missing; without `seen`, the stream goes on and may repeat some")
+    if digest_file(path) != state["seen"]["sha256"]:
+        raise DataError(f"{path} does not belong to this state: it was written later, or is damaged; without `seen`, the stream goes on and may "
+                        "repeat some pictures")
+    return path
+
+# %% ../nbs/19_streams.ipynb #60c69da2
 class StreamLoader(_Stateful):
     "An endless sequence of batches from tars that are read once and in order. Iterate over it; `close` it at the end."
 
@@ -616,8 +761,8 @@ class StreamLoader(_Stateful):
         augmentation, names = Augmentation(crop=crop, jitter=jitter, trim=trim), parse_layout(layout)
         parse_rules(where)  # refused here, not in a thread
 
-        def start(place: int, position: int) -> _Batches:
-            stream = TarStream(self.tars, names, where, seed, self.rank, self.world, place, buffer, unique, bad_samples, patience, on_bad)
+        def start(place: int, position: int, seen: Path | None) -> _Batches:
+            stream = TarStream(self.tars, names, where, seed, self.rank, self.world, place, buffer, unique, bad_samples, patience, on_bad, seen)
             painter = _Painter(image_size, seed, augmentation, flip, pick_decoder(decoder), workers)
             return _Batches(stream, painter, batch_size, uncond_p, encode, raw, pin)
 
@@ -630,7 +775,7 @@ def _addresses(tars: str | Path | Sequence[str | Path]) -> list[str]:
     given = [str(tars)] if isinstance(tars, str | Path) else [str(t) for t in tars]
     return list(dict.fromkeys(a for t in given for a in (expand_urls(t) if t.startswith("pipe:") else expand_paths(t))))
 
-# %% ../nbs/19_streams.ipynb #c1220707
+# %% ../nbs/19_streams.ipynb #fca97d82
 class Glimpse(Source):
     "The first samples of a stream, for a vocabulary and for pictures; training reads the stream itself."
 
@@ -647,13 +792,13 @@ class Glimpse(Source):
         "Raises `DataError` if nothing is accepted."
         self.tars, self.skipped, self._samples = tars, [], list[Encoded]()
         parse_rules(where)
-        stream, seen = TarStream(_addresses(tars), parse_layout(layout), where, buffer=0, bad_samples=1.0), set[str]()
-        for place, sample in stream:
-            if sample.id in seen or len(seen) == count:  # a stream has no end: small ones begin again
+        addresses = _addresses(tars)
+        for place, sample in TarStream(addresses, parse_layout(layout), where, buffer=0, bad_samples=1.0):
+            if place >= len(addresses):  # a stream has no end: small ones begin again
                 break
-            seen.add(sample.id)
             self._samples.append(sample)
-            stream.places.settle(place)
+            if len(self._samples) == count:
+                break
 
     def __len__(self) -> int:
         return len(self._samples)

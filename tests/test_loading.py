@@ -19,6 +19,8 @@ from difflit.selection import ShardSource
 from difflit.sources import DigitsSource
 
 ROOT = Path(__file__).resolve().parents[1]
+OPTIONS = {"image_size": 16, "steps": 4, "batch_size": 4, "channels": 32, "checkpoint_every_steps": 2, "score_images": 0, "validation_images": 2,
+           "sampler_steps": 2, "bad_samples": 0.1}
 BATCH, BATCHES = 24, 9
 BROKEN = (7, 21, 40)
 
@@ -78,7 +80,7 @@ def test_epochs_are_exact(tars):
 
 
 def test_too_many_damaged_stop_the_run(tars):
-    with Loader(ShardSource(tars), batch_size=16, image_size=16, bad_samples=0.01, workers=2) as loader:
+    with Loader(ShardSource(tars), batch_size=16, image_size=16, bad_samples=0.0, workers=2) as loader:
         with pytest.raises(DataError, match=r"samples cannot be used, more than bad_samples allows \(0\)"):
             list(islice(loader, 10))
 
@@ -203,7 +205,83 @@ def test_a_changed_tar_is_refused_by_name(tmp_path):
     finish(changed)
     message = str(caught.value)
     assert "the data are not the same any more" in message and "00001.tar has changed" in message and "samples: 12 → 15" in message, message
-    assert "init_from" in message and "00000.tar" not in message
+    assert "init_from" in message and "00000.tar" not in message and "another order" not in message
+
+
+def test_a_refused_resume_can_be_put_right(tars, tmp_path):
+    """A resume with another filter is refused, and leaves the run as it was; so is one with another balance of equal sizes, or another decoder."""
+    from difflit.checkpoints import CheckpointError
+    from difflit.recipes import prepare, train_job
+    from difflit.runs import finish, open_run, read_status
+
+    folder = str(tmp_path / "run")
+    run = open_run({**OPTIONS, "data": str(tars), "run_dir": folder, "select": "punsafe < 0.85", "decoder": "pil"})
+    train_job(prepare(run), show=False, stop_after=2)
+    finish(run)
+    for wrong, said in (({"select": ""}, "the data are not the same"), ({"balance": "kind"}, "in another order"), ({"decoder": "draft"}, "decoded by pil"),
+                        ({"sampler": "eulr"}, "euler")):
+        again = open_run({"run_dir": folder, "resume": "auto", **wrong})
+        with pytest.raises((CheckpointError, ValueError), match=said):
+            prepare(again)
+        finish(again)
+    last = open_run({"run_dir": folder, "resume": "auto", "crop": "0.8"})
+    job = prepare(last)
+    assert (job.settings.select, job.settings.decoder, job.state.step) == ("punsafe < 0.85", "pil", 2)
+    assert any("from now on by crop=0.8" in note for note in job.notes)
+    train_job(job, show=False)
+    finish(last)
+    assert read_status(folder)["state"] == "done"
+
+
+def test_ranks_that_see_different_data_stop(tars, tmp_path):
+    other = write_tars(tmp_path / "tars", shards=1, each=30)
+    (tmp_path / "script.py").write_text(
+        "import os, sys\nfrom difflit.recipes import prepare\nfrom difflit.runs import open_run\n"
+        "data = sys.argv[1 + int(os.environ['RANK'])]\n"
+        f"prepare(open_run({{**{OPTIONS!r}, 'data': data, 'run_dir': sys.argv[3]}}))\n")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    command = launcher("torchrun", 2, tmp_path / "script.py", str(tars), str(other), str(tmp_path / "run"))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=tmp_path)
+    assert done.returncode != 0 and "rank 1 does not see what rank 0 sees: the data are not the same" in done.stderr, done.stderr[-2000:]
+
+
+def test_damage_is_counted_over_all_processes_and_stops(tars, tmp_path):
+    """What other ranks found, and what was found before a stop, counts towards bad_samples; a damaged held-out picture is left out."""
+    from difflit.loading import Damaged
+    from difflit.recipes import _note_damaged, prepare, read_damaged, train_job
+    from difflit.runs import finish, open_run
+
+    run = open_run({**OPTIONS, "data": str(tars), "batch_size": 30, "bad_samples": 0.06, "run_dir": str(tmp_path / "run")})  # five of 57 may be
+    job = prepare(run)
+    (run.path / "logs" / "damaged-rank-1.jsonl").write_text(
+        "".join(f'{{"index": {n}, "position": 1, "id": "x{n}", "why": "y"}}\n' for n in (997, 998, 999)))
+    assert _note_damaged(run, Damaged(999, 5, "x999", "y")) == 3 and len(read_damaged(run)) == 3
+    with pytest.raises(DataError, match=r"6 of \d+ samples cannot be used"):
+        train_job(job, show=False)
+    finish(run)
+
+
+def test_epochs_with_drop_last_are_whole(tars, tmp_path):
+    from difflit.recipes import prepare
+    from difflit.runs import finish, open_run
+
+    run = open_run({**OPTIONS, "steps": None, "epochs": 3, "drop_last": True, "batch_size": 16, "data": str(tars), "run_dir": str(tmp_path / "run")})
+    assert prepare(run).steps == 9  # three batches of 16 in each epoch of 57
+    finish(run)
+
+
+def test_many_classes_are_as_quick_as_few(tmp_path):
+    """Twenty thousand classes: a stretch of positions is planned in one call."""
+    import numpy as np
+
+    from difflit.ordering import Epochs, Mixture, Subset
+
+    groups = np.array_split(np.random.default_rng(0).permutation(60_000), 20_000)
+    order = Mixture(tuple(Subset(Epochs(len(g)), g) for g in groups), (1.0,) * len(groups))
+    order.at(torch.arange(10))
+    begin = time.process_time()
+    order.at(torch.arange(2048, 3072))
+    assert time.process_time() - begin < 0.5
 
 
 def test_an_upsampler_gets_both_sizes_from_one_cut(tars):
@@ -222,9 +300,6 @@ def test_open_source_says_what_is_missing(tmp_path):
         open_source(str(tmp_path / "no_such_{000..003}.tar"))
 
 
-OPTIONS = {"image_size": 16, "steps": 4, "batch_size": 4, "channels": 32, "checkpoint_every_steps": 2, "score_images": 0, "validation_images": 2,
-           "sampler_steps": 2, "bad_samples": 0.1}
-
 
 def test_a_run_reads_a_stream(tars, tmp_path):
     """Without an index: steps instead of epochs, nothing held out, and on a resume it goes on at the saved place."""
@@ -233,13 +308,14 @@ def test_a_run_reads_a_stream(tars, tmp_path):
     from difflit.runs import finish, open_run
     from difflit.streams import StreamLoader
 
-    options = {**OPTIONS, "data": f"stream:{tars}/*.tar", "select": "punsafe < 0.85", "run_dir": str(tmp_path / "run")}
+    options = {**OPTIONS, "data": f"stream:{tars}/*.tar", "select": "punsafe < 0.85", "unique": "exact", "run_dir": str(tmp_path / "run")}
     run = open_run(options)
     job = train_job(prepare(run), show=False, stop_after=2)
     finish(run)
     assert isinstance(job.loader, StreamLoader) and job.data.held_out is None and 0 < len(job.data.train) <= 60
     resumed = open_run({"run_dir": str(tmp_path / "run"), "resume": "auto"})
     job = prepare(resumed)
+    assert {p.suffix for p in (tmp_path / "run" / "streams").iterdir()} == {".json", ".seen"}
     assert job.loader.position == job.state.position == 8 and any("read again from its beginning" in note for note in job.notes)
     assert train_job(job, show=False).state.step == 4
     finish(resumed)

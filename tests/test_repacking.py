@@ -324,3 +324,60 @@ def test_png_and_picture_agree(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     assert np.array_equal(prepare(Encoded(buffer.getvalue(), "", "x.png"), (16, 16)), prepare(Sample(image, "", "x"), (16, 16)))
+
+
+def licensed(path: Path, licence: str, **extra: bytes) -> None:
+    "A tar with two samples, whose metadata say a licence, and with other files."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for i in range(2):
+            add(tar, f"{i}.jpg", jpeg(i))
+            add(tar, f"{i}.txt", f"picture {i}".encode())
+            add(tar, f"{i}.json", json.dumps({"licence": licence, "n": i}).encode())
+            for ending, content in extra.items():
+                add(tar, f"{i}.{ending}", content)
+
+
+@pytest.mark.parametrize("way", [lambda old, new: repack(old, new, image_size=16), lambda old, new: repack(ShardSource([str(old)]), new, image_size=16),
+                                 lambda old, new: write_shards(ShardSource([str(old)]), new)], ids=["tars", "source", "write_shards"])
+def test_changed_metadata_is_written_anew(tmp_path: Path, way) -> None:
+    for licence, kept in (("CC0", 0), ("CC0", 1), ("CC1", 0)):
+        licensed(tmp_path / "old" / "0.tar", licence)
+        os.utime(tmp_path / "old" / "0.tar", ns=(0, sum(licence.encode()) * 10**9))
+        assert way(tmp_path / "old", tmp_path / "new").kept == kept
+        new = index_shards(tmp_path / "new")
+        assert len(new) and {new.read(i, metadata=True).metadata["licence"] for i in range(len(new))} == {licence}
+
+
+def test_changed_captions_are_written_anew(tmp_path: Path) -> None:
+    for caption in ("one", "two"):
+        write_tar(tmp_path / "old" / "0.tar", [Encoded(jpeg(0), caption, "0.jpg")])
+        assert repack(tmp_path / "old", tmp_path / "new", image_size=16).kept == 0
+        assert index_shards(tmp_path / "new").captions() == [caption]
+
+
+def test_what_else_a_tar_holds_is_reported(tmp_path: Path) -> None:
+    licensed(tmp_path / "old" / "0.tar", "CC0", npy=b"123", cls=b"7")
+    licensed(tmp_path / "old" / "1.tar", "CC0", **{"npy": b"123", "seg.png": jpeg(3)})
+    with tarfile.open(tmp_path / "old" / "1.tar", "a") as tar:
+        add(tar, "README", b"hello")
+        add(tar, "broken.jpg", b"no picture")
+        add(tar, "broken.txt", b"its caption")
+    for _ in range(2):
+        report = repack(tmp_path / "old", tmp_path / "new", image_size=16)
+        assert report.left_out == {".cls": [2, "0.cls"], ".npy": [4, "0.npy"], ".seg.png": [2, "0.seg.png"], "README": [1, "README"]}
+        assert report.samples == 4 and {key for key, _ in report.damaged} == {"broken"}
+        assert "2 × .cls, such as 0.cls" in str(report)
+    assert report.kept == 2
+
+
+def test_own_output_is_never_repacked(tmp_path: Path, monkeypatch) -> None:
+    old = write_tars(tmp_path / "data", shards=2, each=3)
+    index = index_shards(old)
+    monkeypatch.chdir(tmp_path)
+    for data, out in ((old, old / "small"), ("data", "data/small"), (["data/00000.tar", str(old)], "data"), (f"data/00000.tar::{old}", old / "a" / "b"),
+                      ("data/*.tar", "data"), (index, old), (ShardSource(index), old)):
+        with pytest.raises(DataError, match="would overwrite or read again its own tars"):
+            repack(data, out, image_size=16)
+    assert not (old / "small").exists() and sorted(p.name for p in old.glob("*.tar")) == ["00000.tar", "00001.tar"]
+    assert repack("data/*.tar", "data/small", image_size=16).samples == 6 and repack("data/*.tar", "data/small", image_size=16).kept == 2

@@ -182,7 +182,7 @@ def test_no_copy_of_a_validation_picture_is_trained_on(tmp_path: Path) -> None:
         parts = {split: ShardSource(tmp_path, split=split, unique=unique) for split in ("train", "validation")}
         contents = {split: {source.encoded(i).content for i in range(len(source))} for split, source in parts.items()}
         assert len(parts["validation"]) == 15 and len(parts["train"]) == 30 and not contents["train"] & contents["validation"]
-    index = index_shards(tmp_path)
+    index = index_shards(tmp_path, folder=tmp_path / "apart")
     with pytest.raises(DataError, match="phash=True"):
         select(index, unique="near")
 
@@ -258,6 +258,41 @@ def test_threads_read_what_one_reads(tmp_path: Path) -> None:
         assert list(pool.map(source.encoded, list(range(len(source))) * 5)) == alone * 5
     assert [e.metadata["class"] for e in alone] == source.labels("class").tolist()
     assert json.loads(json.dumps(source.describe()))["(selection)"]["samples"] == len(source)
+
+
+def test_labels_are_whole(tmp_path: Path) -> None:
+    for n, known in enumerate(({"label": 1, "kind": "a", "odd name": 0.5}, {"label": 0, "kind": "b", "odd name": 1}, {"kind": "b"})):
+        write_tar(tmp_path / f"train-{n}.tar", {str(n): (jpeg(n), f"number {n}", known)})
+    write_tar(tmp_path / "val.tar", {"9": (jpeg(9), "number 9", {})})
+    every = {"split": "train", "columns": ["label", "kind", "lable", "odd name", "aspect"]}
+    source = ShardSource(tmp_path, **every)
+    assert source.labels("kind").tolist() == ["a", "b", "b"] and source.labels("split").tolist() == ["train"] * 3
+    assert source.labels("aspect").tolist() == (source.sizes()[:, 0] / source.sizes()[:, 1]).tolist()
+    for key, why in (("label", "1 of 3 samples have no 'label'"), ("lable", "3 of 3 samples have no 'lable'; did you mean 'label'"),
+                     ("odd name", r"not missing\(column\('odd name'\)\)"), ("punsafe", "3 of 3 samples")):
+        with pytest.raises(DataError, match=why):
+            source.labels(key)
+    some = ShardSource(tmp_path, where="not missing(label)", **every)
+    assert some.labels("label").tolist() == [1, 0] and some.labels("label").dtype == np.int64 and some.labels("odd name").tolist() == [0.5, 1]
+
+
+def test_a_column_more_is_the_same_source(tmp_path: Path) -> None:
+    write_tar(tmp_path / "set" / "0.tar", samples(range(30)))
+    plain, more = ShardSource(tmp_path / "set", where="punsafe < 0.2"), ShardSource(tmp_path / "set", where="punsafe < 0.2", columns=["class"])
+    assert plain.digest() == more.digest() and plain.describe() == more.describe()
+    assert ShardSource(tmp_path / "set", where="punsafe < 0.2", columns=["class"], unique="near").index.digest() == plain.index.digest()
+
+
+def test_an_index_by_its_folder(tmp_path: Path) -> None:
+    write_tar(tmp_path / "set" / "0.tar", samples(range(30)))
+    made = index_shards(tmp_path / "set", folder=tmp_path / "apart")
+    for spelt in (tmp_path / "apart", str(tmp_path / "apart"), [str(tmp_path / "apart")], (tmp_path / "apart",)):
+        assert ShardSource(spelt).index.folder == made.folder
+    more = ShardSource([str(tmp_path / "apart")], columns=["class"], unique="near")
+    assert more.index.folder.parent == tmp_path / "apart" and {"class", "phash"} <= {*more.index.columns} and more.index.digest() == made.digest()
+    assert set(more.labels("class")) == {"even", "odd"}
+    with pytest.raises(DataError, match="not there"):
+        ShardSource(f"{tmp_path}/{{{','.join(str(n) for n in range(200))}}}.tar")  # longer than a name may be
 
 
 def test_statistics_of_a_set_without_scores(tmp_path: Path) -> None:

@@ -494,9 +494,12 @@ def test_digest_is_of_the_content(place, tmp_path):
     for path in place.glob("*.tar"):
         (tmp_path / "elsewhere" / path.name).write_bytes(path.read_bytes())
     assert index_shards(tmp_path / "elsewhere").digest() == index.digest()
-    for changed in (sample(0, txt=b"another caption"), sample(0, jpg=picture(50)), sample(0, json=b'{"punsafe": 0.9}'), sample(0, "key")):
+    for changed in (sample(0, txt=b"another caption"), sample(0, jpg=picture(50)), sample(0, "key")):
         (tmp_path / "elsewhere/000.tar").write_bytes(tar(files(changed, *[sample(k) for k in range(1, 10)])))
         assert index_shards(tmp_path / "elsewhere").digest() != index.digest()
+    (tmp_path / "elsewhere/000.tar").write_bytes(tar(files(sample(0, json=b'{"punsafe": 0.9}'), *[sample(k) for k in range(1, 10)])))
+    other = index_shards(tmp_path / "elsewhere")  # a score is for choosing samples, and not what is learnt
+    assert other.digest() == index.digest() and other.columns["punsafe"][0] == np.float32(0.9)
 
 
 def test_reading_says_what_is_wrong(place):
@@ -637,11 +640,124 @@ def test_a_set_that_cannot_be_written_beside(place, tmp_path, monkeypatch):
         index_shards(place)
 
 
-def test_other_settings_make_another_index(place, tmp_path):
-    plain, more = index_shards(place), index_shards(place, columns=("rating",))
-    assert "rating" in more.columns and "rating" not in plain.columns and plain.folder.parent != more.folder.parent
-    again = index_shards(place, folder=plain.folder.parent, columns=("number",))
-    assert "number" in again.columns and index_shards(place, phash=True).columns["phash"].dtype == np.uint64
+@pytest.fixture
+def scanned(monkeypatch):
+    """The names of the tars that are read."""
+    seen, honest = [], shards.scan_shard
+    monkeypatch.setattr(shards, "scan_shard", lambda path, *a, **k: seen.append(Path(path).name) or honest(path, *a, **k))
+    return seen
+
+
+def test_one_index_however_the_tars_are_spelt(place, scanned, monkeypatch):
+    tars = sorted(map(str, place.glob("*.tar")))
+    monkeypatch.chdir(place.parent)
+    spelt = [place, str(place) + "/", tars, tars[::-1], "::".join(tars), f"{place}/*.tar", f"{place}/{{000..002}}.tar", "set", "./set/../set/*.tar",
+             [f"{place}/{{000..001}}.tar", tars[2]], f"file://{place}"]
+    indices = [index_shards(p) for p in spelt]
+    assert len({i.folder for i in indices}) == 1 and len(scanned) == 3
+    assert sorted(p.name for p in (place / ".difflit").iterdir() if p.is_dir()) == sorted([indices[0].folder.parent.name, "parts"])
+
+
+def test_columns_are_added_and_stay(place, scanned):
+    plain = index_shards(place)
+    more = index_shards(place, columns=("rating",))
+    assert len(scanned) == 6 and more.folder.parent == plain.folder.parent and "rating" in more.columns and "rating" not in plain.columns
+    other = index_shards(place, columns=("number",))
+    assert len(scanned) == 9 and {"rating", "number"} <= {*other.columns}
+    for columns in (("rating",), (), ("number", "rating"), ("rating", "aspect"), ("number",)):
+        assert index_shards(place, columns=columns).folder == other.folder and len(scanned) == 9
+    assert plain.folder.is_dir() and more.folder.is_dir(), "an index that another run may hold was removed"
+    assert plain.digest() == more.digest() == other.digest() and pickle.loads(pickle.dumps(more)).ids() == other.ids()
+    hashed = index_shards(place, phash=True)
+    assert hashed.columns["phash"].dtype == np.uint64 and {"rating", "number"} <= {*hashed.columns} and len(scanned) == 12
+    assert index_shards(place, columns=("rating",)).folder == hashed.folder == index_shards(place).folder
+    assert [hashed.categories["rating"][c] for c in hashed.columns["rating"][:3]] == ["G", "PG", "G"] and hashed.columns["number"].tolist() == list(range(30))
+    old = time.time() - 8 * 86400
+    os.utime(plain.folder, (old, old))
+    index_shards(place, columns=("misspelt",))
+    assert not plain.folder.exists() and more.folder.is_dir()
+
+
+def test_a_misspelt_column_is_forgotten(place, scanned):
+    assert np.isnan(index_shards(place, columns=("raiting",)).columns["raiting"]).all()
+    assert "raiting" not in index_shards(place, columns=("rating",)).columns and len(scanned) == 6
+    assert "raiting" in index_shards(place, columns=("raiting",)).columns and len(scanned) == 6
+    assert "raiting" not in index_shards(place).columns and "rating" in index_shards(place).columns and len(scanned) == 6
+
+
+def test_other_layouts_are_other_indices(place, scanned):
+    names, json_ones = index_shards(place), index_shards(place, layout="alamy")
+    assert names.captions([3]) == ["photograph 3"] and json_ones.captions([3]) == ["caption 3"] and len(scanned) == 6
+    assert index_shards(place).folder == names.folder and index_shards(place, layout="alamy").folder == json_ones.folder and len(scanned) == 6
+    scores = Layout(fields={"rating": ("number",)})
+    assert index_shards(place, layout=scores).columns["rating"].tolist() == list(range(30)) and "rating" not in index_shards(place).columns
+
+
+def test_parts_are_shared_between_sets(place, scanned):
+    index_shards(place, columns=("rating",))
+    half = index_shards([place / "000.tar", place / "002.tar"])
+    assert len(half) == 20 and len(scanned) == 3 and "rating" not in half.columns
+    (place.parent / "more").mkdir()
+    (place.parent / "more/9.tar").write_bytes(tar(files(sample(99))))
+    assert len(index_shards(place.parent)) == 31 and scanned[3:] == ["9.tar"], "the parts below"
+    assert len(index_shards(place.parent / "more")) == 1 and len(scanned) == 4, "the parts above"
+    assert len(index_shards(place, folder=place.parent / "apart")) == 30 and len(scanned) == 4
+    (place / "001.tar").unlink()
+    assert len(index_shards(place, columns=("rating",))) == 20 and len(list((place / ".difflit/parts").glob("*.npz"))) == 2 and len(scanned) == 4
+
+
+def test_a_part_that_another_process_replaces(place, tmp_path, monkeypatch):
+    honest = shards._join
+
+    def late(folder, parts, names, settings):
+        content = shards.scan_shard(place / "001.tar")  # without the column
+        shards._save_part(parts[1].path, content, "")
+        honest(folder, parts, names, settings)
+
+    monkeypatch.setattr(shards, "_join", late)
+    with pytest.raises(OSError, match="001.tar in .* was replaced while the index was made; try again"):
+        index_shards(place, columns=("rating",))
+    monkeypatch.setattr(shards, "_join", honest)
+    assert (index_shards(place, columns=("rating",)).columns["rating"] >= 0).all()
+
+
+def test_texts_that_were_cut_are_made_anew(place):
+    index = index_shards(place)
+    for name in ("captions.bin", "ids.bin"):
+        content = (index.folder / name).read_bytes()
+        for wrong in (content[:40], content + b"x", b""):
+            (index.folder / name).unlink()  # the open one stays mapped
+            (index.folder / name).write_bytes(wrong)
+            with pytest.raises(DataError, match="holds no index"):
+                open_index(index.folder.parent)
+            assert index_shards(place).captions()[29] == "photograph 29" and (index.folder / name).read_bytes() == content
+
+
+def test_where_an_index_lies(monkeypatch, tmp_path):
+    monkeypatch.setenv("DIFFLIT_CACHE", str(tmp_path))
+    settings = shards._settings(Layout(), False)
+    for tars in (["/a/0.tar", "/b/0.tar"], ["/0.tar"], ["s3://b/0.tar"]):
+        assert [p.parent for p in shards._homes(tars, settings)] == [tmp_path / "shards"]
+    assert shards._homes(["/a/b/0.tar", "/a/c/0.tar"], settings)[0].parent == Path("/a/.difflit")
+
+
+def test_stamps_are_read_once(place, monkeypatch):
+    index_shards(place)
+    seen, honest = [], shards._read_stamp
+    monkeypatch.setattr(shards, "_read_stamp", lambda path: seen.append(Path(path).name) or honest(path))
+    index_shards(place)
+    assert seen == []
+    os.utime(place / "001.tar", ns=(1, 1))
+    assert len(index_shards(place)) == 30 and set(seen) == {"001.tar"}
+
+
+def test_columns_that_cannot_be():
+    for name in ("width", "shard", "by_lot", "a/b", "x_ends"):
+        with pytest.raises(DataError, match="choose other names"):
+            parse_layout("auto", (name,))
+    with pytest.raises(DataError, match="'aspect' is there anyway"):
+        parse_layout(Layout(fields={"aspect": ("ratio",)}))
+    assert parse_layout("auto", ("aspect", "short_side", "long_side", "pixels", "kind")).fields.keys() - parse_layout("auto").fields.keys() == {"kind"}
 
 
 def test_damaged_parts_and_indices_are_made_anew(place, tmp_path):
@@ -663,6 +779,21 @@ def test_nothing_found(tmp_path):
     (tmp_path / "a.tar").write_bytes(tar([("a.jpg", picture(1))]))
     with pytest.raises(DataError, match=r"no sample in 1 tars(.|\n)*a.tar: a: no caption"):
         index_shards(tmp_path)
+
+
+def test_what_is_hidden_is_no_part_of_a_set(place):
+    (place / ".trash").mkdir()
+    (place / ".trash/9.tar").write_bytes(tar(files(sample(9))))
+    (place / ".8.tar").write_bytes(tar(files(sample(8))))
+    assert [Path(p).name for p in expand_paths(place)] == ["000.tar", "001.tar", "002.tar"]
+    assert expand_paths(f"{place}/**/*.tar") == expand_paths(place) == expand_paths(f"{place}/*.tar")
+
+
+def test_odd_digits_and_ties(tmp_path):
+    for name in ("1²3.tar", "01.tar", "1.tar", "٢.tar"):
+        (tmp_path / name).touch()
+    found = expand_paths(tmp_path)
+    assert expand_paths(found[::-1]) == found and [Path(f).name for f in found][:2] == ["01.tar", "1.tar"]
 
 
 def test_natural_order(tmp_path):

@@ -25,8 +25,8 @@ from tars import write_tars
 from difflit.data import DataError
 from difflit.loading import Loader
 from difflit.selection import ShardSource
-from difflit.shards import parse_layout
-from difflit.streams import StreamLoader, TarStream, WatchedTar, tars_at
+from difflit.shards import index_shards, parse_layout
+from difflit.streams import Glimpse, StreamLoader, TarStream, WatchedTar, tars_at
 
 PLAIN = dict(image_size=16, buffer=0)
 
@@ -329,3 +329,81 @@ def test_closing_early_ends_threads_and_commands(tars) -> None:
         with pytest.raises(RuntimeError, match="closed"):
             next(loader)
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("buffer", [0, 7])
+def test_what_was_seen_survives_a_stop(tars, tmp_path: Path, world: int, buffer: int) -> None:
+    "Resumed with its memory, a stream decides as one that was never stopped; and a tar that is read again is not turned away as known."
+    twice = [*tars, *(tmp_path / f"{n}.tar" for n in range(4))]
+    for path in twice[4:]:
+        shutil.copy(tars[int(path.stem)], path)
+    settings = dict(batch_size=3 * world, image_size=16, seed=5, world=world, buffer=buffer, unique=1000)
+    for rank in range(world):
+        with StreamLoader(twice, rank=rank, **settings) as loader:
+            unbroken = [i for b in islice(loader, 40) for i in b["id"]]
+            assert loader.account.repeated
+        for stop in (1, 4, 7, 12, 15):
+            with StreamLoader(twice, rank=rank, workers=stop % 2, **settings) as loader:
+                before = [i for b in islice(loader, stop) for i in b["id"]]
+                state = json.loads(json.dumps(loader.state_dict(seen=tmp_path / f"stop-{rank}.seen")))
+            with StreamLoader(twice, rank=rank, workers=1 - stop % 2, **settings) as loader:
+                loader.load_state_dict(state, seen=tmp_path)
+                after = [i for b in islice(loader, 16) for i in b["id"]]
+            if buffer == 0:
+                assert any(unbroken[len(before) - n :][: len(after)] == after for n in range(10)), stop
+            settled = {i for t in tars_at(5, range(rank, state["place"], world), 8) for i in expected(t % 4)}
+            if state["place"] < 8:  # nothing of a settled tar again, in what is left of the epoch
+                rest = {i for t in tars_at(5, range(state["place"], 8), 8)[(rank - state["place"]) % world :: world] for i in expected(t % 4)} - settled
+                assert set(after[: len(rest)]) == rest or buffer
+
+
+def test_memory_is_the_states_own(tars, tmp_path: Path, caplog) -> None:
+    settings = dict(batch_size=6, image_size=16, unique=1000)
+    with StreamLoader(tars, **settings) as loader:
+        next(loader)
+        state = loader.state_dict(seen=tmp_path / "a.seen")
+        assert set(state["seen"]) == {"file", "sha256"} and state["seen"]["file"] == "a.seen"
+        list(islice(loader, 3))
+        loader.state_dict(seen=tmp_path / "a.seen")  # the file is another one now, the old state was kept
+    for name, words in (("a.seen", "does not belong to this state"), ("b.seen", "is missing")):
+        with StreamLoader(tars, **settings) as loader, pytest.raises(DataError, match=words):
+            loader.load_state_dict(state | {"seen": {"file": name, "sha256": "0"}}, seen=tmp_path)
+    with StreamLoader(tars, **settings) as loader:
+        loader.load_state_dict(state)
+        assert "may come a second time" in caplog.text and len(next(loader)["id"]) == 6
+    with StreamLoader(tars, **settings | {"unique": 0}) as loader:
+        assert "seen" not in loader.state_dict(seen=tmp_path / "c.seen") and not (tmp_path / "c.seen").exists()
+        loader.load_state_dict(state, seen=tmp_path / "nowhere")
+
+
+def test_glimpse_sees_all_tars_of_equal_names(tmp_path: Path) -> None:
+    for n in range(5):
+        with tarfile.open(tmp_path / f"{n}.tar", "w") as tar:
+            for i in range(3):
+                add(tar, f"{i:04d}.jpg", jpeg(i))
+                add(tar, f"{i:04d}.txt", f"word{n}".encode())
+    assert set(Glimpse(tmp_path, count=100).captions()) == {f"word{n}" for n in range(5)}
+    assert len(Glimpse(tmp_path, count=100)) == 15 and len(Glimpse(tmp_path, count=4)) == 4
+    assert len(Glimpse(tmp_path, where="matches(caption, 'word3')")) == 3
+
+
+def test_names_with_dots_as_the_index_reads_them(tmp_path: Path) -> None:
+    files = ["./v1.0/film.0.jpg", "./v1.0/film.0.txt", "./v1.0/film.1.JPG", "./v1.0/film.1.txt", "./v1.0/film.1.npy", "17.depth.png", "17.jpg", "17.txt",
+             "17.seg.png", "18.jpg", "18.txt", "18.a.jpg", "18.a.txt", "18.b.jpg", "19.alone.jpg", "x.tar.jpg", "x.tar.json", "x.tar.txt"]
+    with tarfile.open(tmp_path / "dots.tar", "w") as tar:
+        for name in files:
+            add(tar, name, {"jpg": jpeg(1), "png": jpeg(1), "txt": b"words", "json": b"{}", "npy": b"?"}[name.lower()[-4:].lstrip(".")])
+    index = index_shards(tmp_path / "dots.tar")
+    drawn, stream = draw(20, [tmp_path / "dots.tar"])
+    assert set(drawn) == set(index.ids()) == {"v1.0/film.0.jpg", "v1.0/film.1.JPG", "17.jpg", "18.jpg", "18.a.jpg", "x.tar.jpg"}
+    assert set(stream.account.bad) == {"dots.tar: 19.alone"} and [p.key for p in index.problems] == ["19.alone"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"patience": 30}])
+def test_a_misspelt_column_is_named(tars, settings: dict) -> None:
+    with pytest.raises(DataError, match=r"No sample has 'punsaef', which the filter asks for; did you mean 'punsafe'\?.*metadata holds .*similarity"):
+        draw(1, tars, where="punsaef < 0.9 and short_side > 4", **settings)
+    with pytest.raises(DataError, match="none of 30|tars in a row") as stopped:
+        draw(1, tars, where="punsafe > 7", **settings)
+    assert "No sample has" not in str(stopped.value)
