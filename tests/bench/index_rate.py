@@ -7,9 +7,9 @@ counts for little. Prints samples a second on one core, and how many times faste
 
     OMP_NUM_THREADS=1 python tests/bench/index_rate.py [--rounds 9] [--tars 4] [--samples 1000] [--folder /tmp/…]
 
-Measured on one of 2 cores of an AMD EPYC, medians (lowest…highest) of 9 rounds: `scan_shard` 32,058 samples/s (14,110…34,909), 5.92 (2.60…6.92) times the
-obvious loop and 4.45 (1.92…4.71) times the library; `index_shards`, joined and written, once: 27,070; `read` 111,966 (108,733…114,332), 0.73 (0.72…0.78) of a
-bare `pread`; with metadata 86,568 (84,832…89,878).
+Measured on one of 2 cores of an AMD EPYC, medians (lowest…highest) of 9 rounds: `scan_shard` 38,145 samples/s (19,979…39,407), 6.68 (3.46…7.34) times the
+obvious loop and 4.92 (2.56…5.46) times the library; `index_shards`, joined and written, once: 21,859; `read` 131,888 (127,886…134,357), 0.71 (0.70…0.75) of a
+bare `pread`; with metadata 99,762 (87,963…101,458).
 """
 
 import argparse
