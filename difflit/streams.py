@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['tars_at', 'WatchedTar', 'sample_of', 'Account', 'TarStream', 'StreamLoader', 'Glimpse']
 
-# %% ../nbs/19_streams.ipynb #f1cfb3d6
+# %% ../nbs/19_streams.ipynb #46363357
 import bz2
 import contextlib
 import gzip
@@ -35,10 +35,10 @@ from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expan
 
 from .augmentation import Augmentation, draw, prepare
 from .config import nearest
-from .data import DamagedSample, DataError, Encode, Encoded, Sample, Source, as_numbers, assemble
+from .data import DamagedSample, DataError, Encode, Encoded, Sample, Source
 from .decoding import decode_full, peek, pick_decoder
 from .files import digest_bytes, digest_file
-from .loading import dropped
+from .loading import dropped, put_together
 from .randomness import permute, uniform
 from .runs import rank_and_world
 from .selection import _SIZES, SeenBefore, parse_rules
@@ -561,7 +561,7 @@ class _Painter:
         "Many pictures, by the workers."
         return list(self.pool.map(self.one, samples, drawn) if self.pool is not None else map(self.one, samples, drawn))
 
-# %% ../nbs/19_streams.ipynb #8b93c2cc
+# %% ../nbs/19_streams.ipynb #7aff155f
 @dataclass
 class _Batches:
     "One rank's part of one batch after the other."
@@ -572,7 +572,6 @@ class _Batches:
     uncond_p: float
     encode: Encode | None
     raw: bool
-    pin: bool
 
     def fill(self, samples: Iterator[tuple[int, Encoded]], positions: Tensor) -> tuple[list[Encoded], np.ndarray]:
         "A sample for each position, with its picture; what cannot be decoded makes way for the next."
@@ -601,9 +600,7 @@ class _Batches:
             found, pixels = self.fill(samples, positions)
             silent = dropped(self.stream.seed, positions, self.uncond_p).tolist()
             captions = ["" if s else f.caption for f, s in zip(found, silent)]
-            image = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-            batch = assemble(image if self.raw else as_numbers(image.contiguous()), captions, [f.id for f in found], positions, self.encode)
-            yield {k: v.pin_memory() if self.pin and isinstance(v, Tensor) else v for k, v in batch.items()}, self.stream.places.first_unsettled()
+            yield put_together(pixels, captions, [f.id for f in found], positions, self.encode, self.raw), self.stream.places.first_unsettled()
 
 # %% ../nbs/19_streams.ipynb #8b0ad7ec
 class _Resumable:
@@ -721,7 +718,7 @@ def _seen_file(state: dict[str, Any], folder: str | Path | None) -> Path | None:
                         "repeat some pictures")
     return path
 
-# %% ../nbs/19_streams.ipynb #60c69da2
+# %% ../nbs/19_streams.ipynb #d1f3e6f5
 class StreamLoader(_Stateful):
     "An endless sequence of batches from tars that are read once and in order. Iterate over it; `close` it at the end."
 
@@ -749,8 +746,7 @@ class StreamLoader(_Stateful):
         patience: int = 10_000,  # samples in a row that may be turned down
         on_bad: Callable[[str, str], None] | None = None,  # told once of everything unusable: where, why
         decoder: str = "auto",  # of JPEGs; the names are in `difflit.decoding`
-        raw: bool = False,  # hand out pictures as bytes, which `as_numbers` makes numbers
-        pin: bool = False,  # in page-locked memory, from which a GPU fetches by itself
+        raw: bool = False,  # hand out pictures as bytes, which `difflit.data.as_numbers` makes numbers; beside a GPU in memory it can fetch from by itself
     ):
         "Raises `DataError` if there is nothing to read, `ValueError` if a batch cannot be divided among the ranks."
         ours, all_ranks = rank_and_world()
@@ -764,7 +760,7 @@ class StreamLoader(_Stateful):
         def start(place: int, position: int, seen: Path | None) -> _Batches:
             stream = TarStream(self.tars, names, where, seed, self.rank, self.world, place, buffer, unique, bad_samples, patience, on_bad, seen)
             painter = _Painter(image_size, seed, augmentation, flip, pick_decoder(decoder), workers)
-            return _Batches(stream, painter, batch_size, uncond_p, encode, raw, pin)
+            return _Batches(stream, painter, batch_size, uncond_p, encode, raw)
 
         self._start = start
         self._begin(0, 0)
