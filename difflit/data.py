@@ -58,7 +58,7 @@ class Encoded:
     id: str  # unique in its source
     metadata: dict[str, Any] = field(default_factory=dict)  # whatever else the source knows
 
-# %% ../nbs/10_data.ipynb #64817b5d
+# %% ../nbs/10_data.ipynb #c6630dce
 class Source:
     "Base of all sources: a sequence of samples. Subclasses define `__len__` and `__getitem__` at least."
 
@@ -78,6 +78,10 @@ class Source:
         "Captions to build a vocabulary from."
         return [self[i].caption for i in range(min(limit, len(self)))]
 
+    def ids(self) -> list[str]:
+        "The names of all samples."
+        return [self[i].id for i in range(len(self))]
+
     def digest(self) -> str:
         "Identity of the content: equal for equal data, different as soon as an image or a caption differs."
         raise NotImplementedError
@@ -88,6 +92,10 @@ class Source:
 
     def sizes(self) -> np.ndarray | None:
         "Upright width and height of every picture, int32 [N, 2]. None: not known without decoding."
+        return None
+
+    def fingerprints(self) -> np.ndarray | None:
+        "What tells image files apart, uint64 [N, 2]: XXH3 of a file's bytes, and how many they are. None: pictures are made, or would have to be read."
         return None
 
     def labels(self, key: str) -> Sequence[Any]:

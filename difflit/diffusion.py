@@ -38,20 +38,25 @@ def _choose(
 SCHEDULES = ("linear", "scaled_linear", "squared_cosine", "flow")
 TARGETS = ("eps", "v", "x0", "flow")
 
-# %% ../nbs/40_diffusion.ipynb #3c7c53ac
+# %% ../nbs/40_diffusion.ipynb #602a2ca8
 def make_betas(
     schedule:str, # "linear", "scaled_linear" or "squared_cosine"
     timesteps:int=1000, # T, the number of steps
+    ends:tuple[float, float]|None=None, # first and last β of "linear" and "scaled_linear" (None: the usual ones, scaled to T)
 ) -> Tensor: # β_0 … β_{T−1}, float64 [T]
     "The table of step sizes. Sources: Ho et al. 2020, section 4; Rombach et al. 2022; Nichol & Dhariwal 2021, eq. 17. Raises `ValueError`."
     _choose(schedule, SCHEDULES[:3], "schedule of betas")
     if timesteps < 1:
         raise ValueError(f"timesteps is {timesteps}: a schedule needs at least 1")
+    if ends is not None and (schedule == "squared_cosine" or not 0 < ends[0] <= ends[1]):
+        raise ValueError(f"betas={ends}: the first and the last β of schedule 'linear' or 'scaled_linear' are meant, 0 < first ≤ last")
     scale = 1000 / timesteps
     if schedule == "linear":
-        betas = torch.linspace(scale * 1e-4, scale * 0.02, timesteps, dtype=torch.float64)
+        first, last = ends or (scale * 1e-4, scale * 0.02)
+        betas = torch.linspace(first, last, timesteps, dtype=torch.float64)
     elif schedule == "scaled_linear":
-        betas = scale * torch.linspace(0.00085**0.5, 0.012**0.5, timesteps, dtype=torch.float64) ** 2
+        first, last = ends or (0.00085, 0.012)
+        betas = torch.linspace(first**0.5, last**0.5, timesteps, dtype=torch.float64) ** 2 * (1 if ends else scale)
     else:
         s = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
         f = torch.cos((s + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -79,16 +84,17 @@ def shift_time(
     "Resolution-dependent timestep shift. Source: Esser et al. 2024, eq. 23."
     return shift * t / (1 + (shift - 1) * t)
 
-# %% ../nbs/40_diffusion.ipynb #5df999dc
+# %% ../nbs/40_diffusion.ipynb #063e334c
 @lru_cache(maxsize=64)
 def _table(
     schedule:str, # name of a table
     timesteps:int, # T
     zero_terminal_snr:bool, # rescaled?
     device:str, # where the table lives
+    ends:tuple[float, float]|None=None, # first and last β, where they are not the usual ones
 ) -> Tensor: # float64 [5, T]: α, σ, β, log β, clipped posterior log variance
     "All that is looked up by timestep, on one device"
-    betas = make_betas(schedule, timesteps)
+    betas = make_betas(schedule, timesteps, ends)
     if zero_terminal_snr:
         betas = zero_terminal_snr_betas(betas)
     bar = torch.cumprod(1 - betas, 0)
@@ -97,7 +103,7 @@ def _table(
     variance = torch.cat([variance[1:2] if timesteps > 1 else betas[:1], variance[1:]])
     return torch.stack([bar.sqrt(), (1 - bar).sqrt(), betas, betas.log(), variance.log()]).to(device)
 
-# %% ../nbs/40_diffusion.ipynb #66510e98
+# %% ../nbs/40_diffusion.ipynb #05904011
 @dataclass(frozen=True)
 class Schedule:
     "How much picture and how much noise there is at each time. Raises `ValueError` for settings that do not fit together."
@@ -105,9 +111,14 @@ class Schedule:
     timesteps:int=field(default=1000, kw_only=True) # T of the tables; a flow has continuous time and ignores it
     zero_terminal_snr:bool=field(default=False, kw_only=True) # rescale the table so that its last step is pure noise
     shift:float=field(default=1.0, kw_only=True) # timestep shift of a flow
+    betas:tuple[float, float]|None=field(default=None, kw_only=True) # first and last β of a linear table, where a checkpoint says so
 
     def __post_init__(self) -> None:
         _choose(self.schedule, SCHEDULES, "schedule")
+        if self.betas is not None:
+            object.__setattr__(self, "betas", (float(self.betas[0]), float(self.betas[1])))  # JSON makes lists of tuples
+            if self.continuous:
+                raise ValueError("betas are of schedules with a table: schedule 'flow' has none")
         if self.shift <= 0:
             raise ValueError(f"shift is {self.shift}: it must be above 0 (1 shifts nothing)")
         if self.continuous and self.zero_terminal_snr:
@@ -127,7 +138,7 @@ class Schedule:
         "Row `i` of the table: 0 α, 1 σ, 2 β, 3 log β, 4 clipped posterior log variance. A flow has none: `ValueError`."
         if self.continuous:
             raise ValueError("schedule 'flow' has no table of betas: use 'linear', 'scaled_linear' or 'squared_cosine'")
-        return _table(self.schedule, self.timesteps, self.zero_terminal_snr, str(device))[i]
+        return _table(self.schedule, self.timesteps, self.zero_terminal_snr, str(device), self.betas)[i]
 
     def alpha_sigma(self, t:Tensor) -> tuple[Tensor, Tensor]: # float64, shape of t
         "α and σ of x_t = α x0 + σ ε. `t`: int64 in 0…T−1 for a table, float in 0…1 for a flow."

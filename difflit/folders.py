@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'TABLES', 'walk', 'Row', 'read_table', 'Look', 'inspect_image', 'Entry', 'FolderSource']
 
-# %% ../nbs/11_folders.ipynb #1d3e9eb8
+# %% ../nbs/11_folders.ipynb #e9df30e5
 import csv
 import hashlib
 import io
@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from xxhash import xxh3_64_intdigest
 
 from .data import DataError, Encoded, Sample, Skipped, Source, check_split, upright_rgb
 from .files import digest_bytes
@@ -123,7 +124,7 @@ def read_table(
     rows = [_row(record, where) for record, where in records]
     return [r for r in rows if isinstance(r, Row)], bad + [r for r in rows if isinstance(r, Skipped)]
 
-# %% ../nbs/11_folders.ipynb #492e4290
+# %% ../nbs/11_folders.ipynb #ffcc34e4
 @dataclass(frozen=True)
 class Look:
     "What was seen of an image file."
@@ -133,6 +134,7 @@ class Look:
     height: int  # pixels, once upright
     mode: str  # Pillow's
     why: str | None  # why it cannot be used (None: it can)
+    fingerprint: tuple[int, int] = (0, 0)  # XXH3 of the file's bytes, and how many
 
 
 def inspect_image(
@@ -158,7 +160,9 @@ def inspect_image(
         why = f"more than twice Image.MAX_IMAGE_PIXELS = {Image.MAX_IMAGE_PIXELS}: a decompression bomb?"
     except Exception as error:  # a damaged file can make a decoder raise anything
         why = f"damaged: {error or type(error).__name__}"
-    return Look(digest_bytes(content) if why is None else "", width, height, mode, why)
+    if why is not None:
+        return Look("", width, height, mode, why)
+    return Look(digest_bytes(content), width, height, mode, None, (xxh3_64_intdigest(content), len(content)))
 
 # %% ../nbs/11_folders.ipynb #de3099d0
 @dataclass(frozen=True)
@@ -260,7 +264,7 @@ def _nothing(source: "FolderSource", usable: int, count: int) -> DataError:
     return DataError(f"{source.root}: no picture with a caption among {count} files. Looked for images ({', '.join(IMAGE_SUFFIXES[:5])} "
                      f"…) with a .txt of the same name beside them, or {', '.join(TABLES)}.{' Skipped:' if listed else ''}{listed}{more}")
 
-# %% ../nbs/11_folders.ipynb #1dcb4a70
+# %% ../nbs/11_folders.ipynb #365b03d8
 class FolderSource(Source):
     "A tree of images with captions in `.txt` twins, `captions.json`, `metadata.jsonl` or `metadata.csv`."
 
@@ -309,8 +313,14 @@ class FolderSource(Source):
     def sizes(self) -> np.ndarray:
         return np.array([(e.look.width, e.look.height) for e in self.entries], np.int32).reshape(-1, 2)
 
+    def fingerprints(self) -> np.ndarray:
+        return np.array([e.look.fingerprint for e in self.entries], np.uint64).reshape(-1, 2)
+
     def describe(self) -> dict[str, Any]:
         return {e.id: {"sha256": e.look.digest, "captions": list(e.captions)} for e in self.entries}
+
+    def ids(self) -> list[str]:
+        return [e.id for e in self.entries]
 
     def captions(self, limit: int = 10_000) -> list[str]:
         return [e.captions[0] for e in self.entries[:limit]]

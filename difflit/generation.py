@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['draw', 'Pipeline', 'load_pipeline', 'clip_steering', 'mask_tensor', 'shown_to', 'generate']
 
-# %% ../nbs/51_generation.ipynb #de152432
+# %% ../nbs/51_generation.ipynb #3f9ebb6d
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from .config import SettingsError
 from .data import image_tensor, square
 from .diffusion import Diffusion
+from .encoders import CaptionReader, Encoders
+from .latent import LatentDenoiser
 from .models import load_model, model_folder
+from .pipelines import MODELS, load_parts
 from .perception import Clip, clean_clip_gradient, clip_gradient
 from .precision import choose_device, choose_precision
 from .samplers import Denoise, Steered, get_sampler, sample
@@ -27,7 +31,7 @@ from .tasks import quantise
 from .text import Tokenizer, glide_tokenizer
 from .weights import OFFICIAL, glide_diffusion, load_glide
 
-# %% ../nbs/51_generation.ipynb #81ad86c4
+# %% ../nbs/51_generation.ipynb #b22d5372
 def _rows(values: Mapping[str, Tensor] | None, start: int, stop: int) -> dict[str, Tensor]:
     "A slice of each tensor."
     return {name: value[start:stop] for name, value in (values or {}).items()}
@@ -36,7 +40,7 @@ def _rows(values: Mapping[str, Tensor] | None, start: int, stop: int) -> dict[st
 def draw(
     model: nn.Module,  # in eval mode, usually the average
     diffusion: Diffusion,  # what it was trained for
-    tokenizer: Tokenizer,  # its own
+    tokenizer: Tokenizer | CaptionReader,  # its own
     prompts: Sequence[str],  # N of them
     image_size: int,  # S, pixels along a side
     *,
@@ -49,37 +53,52 @@ def draw(
     clamp: float | None = None,  # clamp each guess to ±clamp; None: 1 where the network predicts ε, else nothing
     temperature: float = 1.0,  # factor on the first noise
     precision: Any = None,  # a `Precision`; None: fp32
-    chunk: int | None = None,  # pictures at a time; None: as many as have the pixels of 64 at 64
+    chunk: int | None = None,  # pictures at a time; None: as many as have the pixels of 64 at 64, or of 64 latents at 16
+    autoencoder: Any = None,  # of a latent model: an `Autoencoder`, which makes pictures of what the network draws
     steer: Callable[[list[str]], Callable[[Denoise], Denoise]] | None = None,  # prompts → what wraps their denoiser
 ) -> Tensor:  # float32 [N, 3, S, S] on the CPU, in −1…1
     "Pictures for prompts; each depends on its own prompt and seed alone."
     device = next(model.parameters()).device
     precision = precision or choose_precision("fp32", device)
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
-    clamp = 1.0 if clamp is None and diffusion.target == "eps" else clamp
-    chunk = chunk or max(1, 64**3 // image_size**2)
+    clamp = 1.0 if clamp is None and diffusion.target == "eps" and autoencoder is None else clamp
+    shape = _drawn_shape(image_size, autoencoder)
+    chunk = chunk or max(1, 64**3 // (shape[1] * (1 if autoencoder is None else 4)) ** 2)
     pictures = []
     for start in range(0, len(prompts), chunk):
         texts, shown = list(prompts[start : start + chunk]), _rows(given, start, start + chunk)
         empty = tokenizer([""]) if guidance != 1 else None
         known = (shown["inpaint_image"], shown["inpaint_mask"]) if "inpaint_mask" in shown else None
         drawn = sample(model, diffusion, {**tokenizer(texts), **shown}, unconditional=empty, sampler=sampler, steps=steps, spacing=spacing, guidance=guidance,
-                       device=device, seeds=seeds[start : start + chunk], shape=(3, image_size, image_size), clamp=clamp, known=known,
+                       device=device, seeds=seeds[start : start + chunk], shape=shape, clamp=clamp, known=known,
                        temperature=temperature, autocast=precision.lowered, steer=steer(texts) if steer else None)
+        if autoencoder is not None:
+            with torch.no_grad():
+                drawn = autoencoder.decode(drawn)
         pictures.append(drawn.float().clamp(-1, 1).cpu())
     return torch.cat(pictures)
 
-# %% ../nbs/51_generation.ipynb #b8cba738
+
+def _drawn_shape(image_size: int, autoencoder: Any) -> tuple[int, int, int]:
+    "What a network draws: pixels, or latents. Raises `SettingsError` if the autoencoder's factor does not divide the size."
+    if autoencoder is None:
+        return 3, image_size, image_size
+    if image_size % autoencoder.factor:
+        raise SettingsError(f"image_size={image_size} is no multiple of {autoencoder.factor}, the factor of autoencoder {autoencoder.name}")
+    return autoencoder.channels, image_size // autoencoder.factor, image_size // autoencoder.factor
+
+# %% ../nbs/51_generation.ipynb #2ad0305f
 @dataclass
 class Pipeline:
     "A network with what is needed to draw with it."
 
     model: nn.Module  # in eval mode
     diffusion: Diffusion  # what it was trained for
-    tokenizer: Tokenizer  # how it reads
+    tokenizer: Tokenizer | CaptionReader  # how it reads
     image_size: int  # pixels along a side of what it draws
     sampling: dict[str, Any] = field(default_factory=dict)  # how it likes to be sampled: keywords of `draw`
     upscale_factor: int = 4  # of an upsampler: how many times smaller its `low_res` is
+    autoencoder: Any = None  # of a latent model
 
     @property
     def takes(self) -> set[str]:
@@ -87,7 +106,43 @@ class Pipeline:
         config = getattr(self.model, "config", None)
         return {name for name, flag in (("low_res", "super_resolution"), ("inpaint", "inpaint")) if getattr(config, flag, False)}
 
+# %% ../nbs/51_generation.ipynb #45b4402e
+def _is_diffusers(path: str | Path) -> bool:
+    "Whether a pipeline of diffusers is meant: a folder, a single file, or a name that `difflit pull` knows."
+    place = Path(path)
+    if place.is_dir():
+        return (place / "model_index.json").is_file()
+    if place.is_file():
+        if place.suffix != ".safetensors":
+            return False
+        with safe_open(place, "pt") as file:
+            return any(name.startswith("model.diffusion_model.") for name in file.keys())
+    return str(path) not in OFFICIAL and str(path).split("/")[0] in (*MODELS, "tiny")
 
+
+def _diffusers_pipeline(path: str | Path, device: torch.device) -> Pipeline:
+    "What lies in Stable Diffusion's format, as a pipeline."
+    parts = load_parts(path, device=device)
+    encoders = Encoders.of(parts.autoencoder, parts.encoders, device)
+    model, diffusion = parts.denoiser().to(device).eval(), Diffusion(**(parts.diffusion or {}))
+    side = int(model.unet.config["sample_size"]) * encoders.autoencoder.factor
+    sampling = {"sampler": "ddim", "steps": 50, "spacing": "trailing", "guidance": 7.5}
+    return Pipeline(model.to(memory_format=torch.channels_last), diffusion, CaptionReader(encoders), side, sampling, autoencoder=encoders.autoencoder)
+
+
+def _latent_pipeline(path: str, model: LatentDenoiser, card: Mapping[str, Any], device: torch.device) -> Pipeline:
+    "A run's network with the encoders that it names. Raises `SettingsError` if one of them is another than it was trained with."
+    said = card["text_encoders"]
+    encoders = Encoders(card["autoencoder"]["where"], [entry["where"] for entry in said.values()], device=device)
+    for what, now, then in [("autoencoder", encoders.autoencoder, card["autoencoder"]), *(("text encoder", encoders.text.get(n), e) for n, e in said.items())]:
+        if now is None or now.digest != then["digest"]:
+            raise SettingsError(f"{path} was trained with {what} {then['where']} of digest {then['digest'][:12]}; what is found under that name here is "
+                                f"{'another encoder' if now is None else now.digest[:12]}")
+    reader = CaptionReader(encoders, training=list(model.config.trained_encoders))
+    return Pipeline(model.to(memory_format=torch.channels_last), Diffusion(**card["diffusion"]), reader, int(card["image_size"]), card.get("sampling", {}),
+                    autoencoder=encoders.autoencoder)
+
+# %% ../nbs/51_generation.ipynb #71e35783
 def _official_sampling(upsamples: bool, inpaints: bool) -> dict[str, Any]:
     "How OpenAI's notebooks sample."
     if upsamples:
@@ -102,8 +157,12 @@ def load_pipeline(
 ) -> Pipeline:  # ready to draw
     "Everything that belongs to saved weights. Raises `SettingsError` if something is missing."
     where = choose_device(device)
+    if _is_diffusers(path):
+        return _diffusers_pipeline(path, where)
     if Path(path).is_dir() or not (Path(path).is_file() or str(path) in OFFICIAL):
         model, card = load_model(path, device=where)
+        if isinstance(model, LatentDenoiser):
+            return _latent_pipeline(str(path), model, card, where)
         tokens = model_folder(path) / "tokenizer.json"
         if "diffusion" not in card or not tokens.exists():
             raise SettingsError(f"{tokens.parent} holds a network, but not what it was trained for (diffusion in config.json, tokenizer.json)")
@@ -188,7 +247,7 @@ def shown_to(
         given |= {"inpaint_image": (image_tensor(_opened(image), size)[None] * known), "inpaint_mask": known}
     return {name: value.expand(count, -1, -1, -1) for name, value in given.items()}
 
-# %% ../nbs/51_generation.ipynb #78f6b0bc
+# %% ../nbs/51_generation.ipynb #f6c58555
 def generate(
     path: str | Path | Pipeline,  # see `load_pipeline`; or a loaded one
     prompts: Sequence[str],  # what to draw
@@ -216,7 +275,7 @@ def generate(
     asked = {name: value for name, value in sampling.items() if value is not None}
     options = {**stage.sampling, **({"steps": None} if "spacing" in asked else {}), **asked}
     pictures = draw(stage.model, stage.diffusion, stage.tokenizer, prompts, stage.image_size, given=shown_to(stage, len(prompts), image, mask), seeds=seeds,
-                    precision=chosen, steer=steer, **options)
+                    precision=chosen, steer=steer, autoencoder=stage.autoencoder, **options)
     if second is None:
         return pictures
     fills = mask is not None and "inpaint" in second.takes

@@ -46,7 +46,7 @@ def dropped(
     "Which captions are left out for classifier-free guidance. Source: Ho and Salimans 2021, algorithm 1."
     return uniform(seed, "caption dropout", positions) < uncond_p
 
-# %% ../nbs/17_loading.ipynb #17e6cecb
+# %% ../nbs/17_loading.ipynb #b121e4c6
 @lru_cache(maxsize=64)
 def _lean(kind: Any) -> dict[str, bool]:
     "Ask for no metadata, if a source of one's own knows the word."
@@ -91,11 +91,18 @@ class MixedSource(Source):
         parts = [s.sizes() for s in self.sources]
         return None if any(p is None for p in parts) else np.concatenate([p for p in parts if p is not None])
 
+    def fingerprints(self) -> np.ndarray | None:
+        parts = [s.fingerprints() for s in self.sources]
+        return None if any(p is None for p in parts) else np.concatenate([p for p in parts if p is not None])
+
     def labels(self, key: str) -> list[Any]:
         return [label for source in self.sources for label in source.labels(key)]
 
+    def ids(self) -> list[str]:
+        return [f"{name}/{i}" for name, source in zip(self.names, self.sources) for i in source.ids()]
+
     def captions(self, limit: int = 10_000) -> list[str]:
-        each = -(-limit // len(self.sources))
+        each = limit if limit >= len(self) else -(-limit // len(self.sources))  # all of them, or as many of each part
         return [c for source in self.sources for c in source.captions(each)][:limit]
 
     def digest(self) -> str:

@@ -42,21 +42,22 @@ def count_parameters(
         "trainable": sum(p.numel() for p in parameters if p.requires_grad),
     }
 
-# %% ../nbs/35_models.ipynb #ac86e08c
+# %% ../nbs/35_models.ipynb #bf329b46
 def flops_per_image(
     model: nn.Module,  # called as model(x, times, tokens=…, mask=…)
     image_size: int,  # pixels along a side
     context: int,  # tokens of a caption
     channels: int = 3,  # of the image
     given: Mapping[str, Tensor] | None = None,  # what else it is called with, one row
+    text: Mapping[str, Any] | None = None,  # what a latent network is told, instead of tokens, one row
 ) -> int:  # floating-point operations of one forward pass of one image
     "Arithmetic of a forward pass, measured by running one. Training costs about three times as much."
     device = next(model.parameters()).device
     inputs = torch.zeros(1, channels, image_size, image_size, device=device), torch.full((1,), 500.0, device=device)
-    text = {"tokens": torch.zeros(1, context, dtype=torch.long, device=device), "mask": torch.ones(1, context, dtype=torch.bool, device=device)}
+    words = {"tokens": torch.zeros(1, context, dtype=torch.long, device=device), "mask": torch.ones(1, context, dtype=torch.bool, device=device)}
     was_training = model.training
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(*inputs, **text, **{name: value.to(device) for name, value in (given or {}).items()})
+        model.eval()(*inputs, **({"text": text} if text is not None else words), **{name: value.to(device) for name, value in (given or {}).items()})
     model.train(was_training)
     return int(counter.get_total_flops())
 
@@ -97,10 +98,21 @@ _GLIDE_PARTS = {
 family("glide", GlideConfig, Glide, {name: re.compile(pattern).search for name, pattern in _GLIDE_PARTS.items()})
 family("clip", ClipConfig, Clip, {part: re.compile(rf"^{part}_encoder\.").match for part in ("text", "image")})
 
-# %% ../nbs/35_models.ipynb #6ab9b835
+# %% ../nbs/35_models.ipynb #8bc6cb38
+def _register_latent() -> None:
+    "Latent networks are registered when the first is met: their libraries take seconds to import."
+    if "latent" not in FAMILIES:
+        from difflit.adapters import LATENT_PARTS, build_latent
+        from difflit.latent import LatentConfig
+
+        family("latent", LatentConfig, build_latent, {name: re.compile(pattern).search for name, pattern in LATENT_PARTS.items()})
+
+
 def _family_of(model: nn.Module) -> str:
     "The family's name. Raises `ValueError` if none is registered for the model's config."
     config: Any = getattr(model, "config", None)
+    if type(config).__module__ == "difflit.latent":
+        _register_latent()
     for name, (kind, _) in FAMILIES.items():
         if isinstance(config, kind):
             return name
@@ -126,6 +138,8 @@ def build_model(
 ) -> nn.Module:  # with random weights
     "The network that a description describes. Raises `SettingsError` on an unknown family."
     name = str(card.get("family"))
+    if name == "latent":
+        _register_latent()
     if name not in FAMILIES:
         raise SettingsError(f"there is no family of models {name!r}{nearest(name, FAMILIES)}")
     config, build = FAMILIES[name]

@@ -1017,7 +1017,7 @@ def _plain(value: Any) -> tuple[np.ndarray, np.ndarray]:
     whole = (np.abs(found) < 2**53).all() and (found == np.rint(found)).all()
     return found.astype(np.int64) if whole else found, np.isnan(found)
 
-# %% ../nbs/16_selection.ipynb #994008a2
+# %% ../nbs/16_selection.ipynb #0f013d43
 class _Known(Source):
     "What a source of tars knows of its samples without opening one."
 
@@ -1029,11 +1029,17 @@ class _Known(Source):
     def __len__(self) -> int:
         return len(self.selection)
 
+    def ids(self) -> list[str]:
+        return self.index.ids(self.selection.ids)
+
     def captions(self, limit: int = 10_000) -> list[str]:
         return self.index.captions(self.selection.ids[:limit])
 
     def sizes(self) -> np.ndarray:
         return np.stack([self.index.columns[side][self.selection.ids] for side in ("width", "height")], 1).astype(np.int32)
+
+    def fingerprints(self) -> np.ndarray:
+        return np.stack([self.index.columns[name][self.selection.ids] for name in ("hash64", "image_bytes")], 1, dtype=np.uint64, casting="unsafe")
 
     def labels(self, key: str) -> Any:
         "A column of the index, or what is derived from columns (class, shard, aspect …): numbers or texts. Raises `DataError` if a sample lacks it."

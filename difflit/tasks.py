@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'TaskLoss', 'Task', 'task', 'create_task', 'DiffusionTask', 'TextToImage', 'quantise', 'low_resolution',
-           'random_patches', 'Upsample', 'random_masks', 'Inpaint', 'UpsampleInpaint', 'NoisedClip', 'CleanClip']
+           'random_patches', 'Upsample', 'random_masks', 'Inpaint', 'UpsampleInpaint', 'NoisedClip', 'CleanClip',
+           'check_moments', 'text_of', 'LatentDiffusion']
 
-# %% ../nbs/44_tasks.ipynb #41308ed9
+# %% ../nbs/44_tasks.ipynb #e9afe1b8
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -322,3 +323,80 @@ class CleanClip(NoisedClip):
         clip: Any = getattr(model, "module", model)
         each = contrastive_loss(seen, said, clip.scale, same_rows(batch["tokens"]))
         return TaskLoss(each, each.detach(), times)
+
+# %% ../nbs/44_tasks.ipynb #9e9cc6fc
+def check_moments(
+    batch: Mapping[str, Any],  # with `moments`, and `id` to name them by
+) -> None:
+    "Raises `ValueError` that names the samples whose moments are not finite. Reads the tensor: for batches that are still on the CPU."
+    fine = batch["moments"].isfinite().flatten(1).all(1)
+    if not fine.all():
+        names = batch.get("id", batch["position"])
+        broken = [str(names[i]) for i in (~fine).nonzero().flatten().tolist()]
+        raise ValueError(f"the moments of {', '.join(broken[:8])}{' …' * (len(broken) > 8)} are not finite ({len(broken)} of {len(fine)} in this batch): "
+                         "encode them anew, in fp32 if the autoencoder overflows in fp16")
+
+# %% ../nbs/44_tasks.ipynb #697de95a
+def text_of(
+    batch: Mapping[str, Any],  # with `states.NAME`, `tokens.NAME`, `mask.NAME`, `pooled.NAME` for each encoder
+) -> dict[str, dict[str, Any]]:  # NAME → {"states" or "tokens", "mask", …}
+    "A batch's text by encoder. Raises `ValueError` if it holds none."
+    text: dict[str, dict[str, Any]] = {}
+    for key, value in batch.items():
+        kind, dot, name = key.partition(".")
+        if dot and kind in ("states", "tokens", "mask", "pooled"):
+            text.setdefault(name, {})[kind] = value
+    if not text:
+        raise ValueError(f"a latent batch needs states.NAME or tokens.NAME of a text encoder; this one has {', '.join(map(str, batch))}")
+    return text
+
+# %% ../nbs/44_tasks.ipynb #40fc84ce
+@task("latent")
+@dataclass
+class LatentDiffusion(TextToImage):
+    "Diffusion of an autoencoder's latents, from cached moments and text. Source: Rombach et al. 2022, eq. 2."
+
+    scaling_factor: float = field(kw_only=True)  # of the autoencoder: latents × factor have a deviation of about 1
+    shift_factor: float = field(default=0.0, kw_only=True)  # of the autoencoder: taken off before
+    channels: int = field(default=4, kw_only=True)  # C, of a latent
+    draw_moments: bool = field(default=True, kw_only=True)  # a new draw at every visit; False: always the mean
+    offset_noise: float = field(default=0.0, kw_only=True)  # deviation of what is added per sample and channel
+    input_perturbation: float = field(default=0.0, kw_only=True)  # γ, share of other noise in what the network sees
+    encode: Callable[[Tensor], Tensor] | None = field(default=None, kw_only=True)  # images → moments, where batches hold images
+
+    def __post_init__(self) -> None:
+        if self.kind != "mse":
+            raise SettingsError(f"kind={self.kind!r} cannot train latents: its bound counts the 256 values of a pixel; use kind='mse'")
+        if not (self.scaling_factor > 0 and self.offset_noise >= 0 and self.input_perturbation >= 0):
+            raise SettingsError(f"scaling_factor={self.scaling_factor} must be above 0; offset_noise={self.offset_noise} and "
+                                f"input_perturbation={self.input_perturbation} 0 or above")
+
+    def _trained_on(self, batch: Mapping[str, Any], purpose: str) -> Mapping[str, Any]:
+        "Scaled latents as `image`: drawn in training, the mean elsewhere."
+        if "moments" not in batch:
+            if self.encode is None:
+                raise ValueError(f"this batch has no moments and the task no encoder to make them; it has {', '.join(map(str, batch))}")
+            with torch.no_grad():
+                batch = {**batch, "moments": self.encode(batch["image"])}
+        from difflit.latent import latents_of  # brings diffusers, which no other task needs
+
+        moments, noise = batch["moments"], None
+        if moments.device.type == "cpu":  # elsewhere looking would wait for the device; there a loss that is not finite stops the run
+            check_moments(batch)
+        if purpose == "train" and self.draw_moments and moments.shape[1] == 2 * self.channels:
+            noise = normal(self.seed, "train moments", batch["position"], (self.channels, *moments.shape[2:]), device=moments.device)
+        latents = latents_of(moments, self.channels, self.scaling_factor, self.shift_factor, noise)
+        return {**batch, "image": latents.contiguous(memory_format=torch.channels_last)}
+
+    def _compare(self, model: nn.Module, batch: Mapping[str, Any], times: Tensor, noise: Tensor, purpose: str) -> TaskLoss:
+        "Noise the latents, ask the model, compare."
+        latents, position, text = batch["image"], batch["position"], text_of(batch)
+        if purpose == "train" and self.offset_noise:
+            noise = noise + self.offset_noise * normal(self.seed, "offset noise", position, (self.channels, 1, 1), device=noise.device)
+        seen = noise
+        if purpose == "train" and self.input_perturbation:
+            seen = noise + self.input_perturbation * normal(self.seed, "input perturbation", position, noise.shape[1:], device=noise.device)
+        noised = self.diffusion.add_noise(latents, seen, times)
+        answer = model(noised, self.diffusion.model_time(times), text=self.read(text) if self.read else text)
+        raw = mse(answer, self.diffusion.target_of(latents, noise, times))
+        return TaskLoss(loss_weight(self.diffusion, times, self.min_snr_gamma) * raw, raw.detach(), times)

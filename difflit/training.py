@@ -74,7 +74,7 @@ class EMA:
         for mine, theirs in zip(self.model.buffers(), model.buffers()):
             mine.copy_(theirs)
 
-# %% ../nbs/45_training.ipynb #10ef3fce
+# %% ../nbs/45_training.ipynb #14fed4dd
 @dataclass
 class TrainState:
     "What moves during training."
@@ -88,6 +88,7 @@ class TrainState:
     step: int = 0  # weight updates done
     position: int = 0  # samples delivered, over all processes
     wrapped: nn.Module | None = None  # the model as the processes share it; None: the bare one
+    measure: Callable[[nn.Module], Mapping[str, Tensor]] | None = None  # further metrics of the gradients, before they are clipped
 
     @property
     def network(self) -> nn.Module:
@@ -201,7 +202,7 @@ class Hook:
         "Whether it is to be called after this step."
         return step % self.every_steps == 0 or (self.last and step == steps)
 
-# %% ../nbs/45_training.ipynb #d41b2a62
+# %% ../nbs/45_training.ipynb #43ed5e61
 class TrainingError(RuntimeError):
     "Training cannot go on."
 
@@ -248,16 +249,17 @@ def train(
         seed_step(state.seed, state.step + 1, rank)
         losses = forward_backward(state, task, batch, accumulate)
         rate = lr * warmup_cosine(state.step + 1, steps, warmup_steps)
+        more = dict(state.measure(state.model)) if state.measure is not None else {}
         norm = update_weights(state, rate, clip_norm)
         state.position += batch_size
         if tracker is not None:
-            _record_step(state, tracker, losses, norm, rate, batch_size, began, fetched)
+            _record_step(state, tracker, losses, {"grad_norm": norm, "lr": rate, **more}, batch_size, began, fetched)
         _call_hooks(state, hooks, steps, tracker)
     return state
 
-# %% ../nbs/45_training.ipynb #ba286230
+# %% ../nbs/45_training.ipynb #f5f67f71
 def _record_step(
-    state: TrainState, tracker: Tracker, losses: list[TaskLoss], norm: Tensor, lr: float, batch_size: int, began: float, fetched: float
+    state: TrainState, tracker: Tracker, losses: list[TaskLoss], gradients: Mapping[str, Any], batch_size: int, began: float, fetched: float
 ) -> None:
     "One row of metrics; tensors stay on the device until the tracker reads them."
     loss = _global_mean(torch.stack([x.loss.mean() for x in losses]).mean(), state.accelerator)
@@ -265,7 +267,7 @@ def _record_step(
     seconds = time.perf_counter() - began
     rates = {"seconds": seconds, "images_per_second": batch_size / seconds, "data_wait": (fetched - began) / seconds, "memory_gb": memory_gb()}
     before = len(tracker.rows)
-    record(tracker, state.step, loss=loss, raw_loss=raw, grad_norm=norm, lr=lr, **rates)
+    record(tracker, state.step, loss=loss, raw_loss=raw, **gradients, **rates)
     _check_finite(tracker.rows[before:])
 
 
