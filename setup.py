@@ -12,7 +12,7 @@ config = ConfigParser(delimiters=["="])
 config.read(HERE / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 
-RUN_NOTEBOOKS = ["train"]
+RUN_NOTEBOOKS = ["train", "precompute"]
 
 
 class BuildWithNotebooks(build_py):
@@ -44,7 +44,7 @@ setup(
     url=cfg["git_url"],
     keywords=cfg["keywords"],
     packages=find_packages(include=["difflit", "difflit.*"]),
-    package_data={"difflit": ["assets/*", "py.typed"]},
+    package_data={"difflit": ["assets/*", "assets/tiny/*", "assets/tiny/*/*", "py.typed"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require=extras,

@@ -45,7 +45,7 @@ LATENT_PARTS: dict[str, str] = {  # name of a part → pattern to search a param
     "lora": r"\.lora_",
 }
 
-# %% ../nbs/33_adapters.ipynb #1fb22e9f
+# %% ../nbs/33_adapters.ipynb #0838c295
 class _Norm(nn.GroupNorm):
     "Group norm that hands on the type it was given."
 
@@ -62,6 +62,13 @@ class _LayerNorm(nn.LayerNorm):
             return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
+def _attend_to_some(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+    "Attention by plain products, with what hides padding added to the scores: [B · heads, 1, M]."
+    q, k, v = (z.flatten(0, 1) for z in (queries * queries.shape[-1] ** -0.5, keys, values))
+    scores = torch.bmm(q, k.transpose(1, 2))
+    return torch.bmm((scores + bias.to(scores.dtype)).softmax(-1), v).unflatten(0, queries.shape[:2])
+
+
 class _Attend:
     "Attention of a UNet's transformer blocks by `attend`; anything else as diffusers does it."
 
@@ -70,13 +77,15 @@ class _Attend:
 
     def __call__(self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: Tensor | None = None,
                  temb: Tensor | None = None) -> Tensor:
-        plain = hidden_states.ndim == 3 and attention_mask is None and attn.group_norm is None and attn.spatial_norm is None and not attn.norm_cross
-        if not plain or attn.norm_q is not None or attn.residual_connection or attn.rescale_output_factor != 1:
+        special = attn.group_norm, attn.spatial_norm, attn.norm_cross, attn.norm_q
+        plain = hidden_states.ndim == 3 and not any(special) and not attn.residual_connection and attn.rescale_output_factor == 1
+        if not plain or (attention_mask is not None and hidden_states.device.type != "cpu"):
             return self.usual(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         words = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         made = attn.to_q(hidden_states), attn.to_k(words), attn.to_v(words)
         queries, keys, values = (z.unflatten(2, (attn.heads, -1)).transpose(1, 2) for z in made)
-        mixed = attend(queries, keys, values).transpose(1, 2).flatten(2)
+        bias = None if attention_mask is None else attn.prepare_attention_mask(attention_mask, words.shape[1], len(words))
+        mixed = (attend(queries, keys, values) if bias is None else _attend_to_some(queries, keys, values, bias)).transpose(1, 2).flatten(2)
         return attn.to_out[1](attn.to_out[0](mixed))
 
 

@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'CacheError', 'Recipe', 'picture_key', 'with_variant', 'caption_keys', 'Claim', 'Verification', 'Store',
            'open_store', 'list_stores']
 
-# %% ../nbs/21_caching.ipynb #76b54ec6
+# %% ../nbs/21_caching.ipynb #d895fa1d
 import contextlib
 import json
 import math
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from xxhash import xxh3_64_intdigest, xxh3_128_intdigest
 
-from .files import atomic_file, atomic_write, clear_leftovers, digest_bytes, read_json, require_room, write_json
+from .files import atomic_file, atomic_write, digest_bytes, read_json, require_room, write_json
 
 # %% ../nbs/21_caching.ipynb #98f9086d
 class CacheError(ValueError):
@@ -356,7 +356,7 @@ def _files(folder: Path, generation: int) -> tuple[Path, Path]:
     suffix = f"-{generation}" if generation else ""
     return folder / f"rows{suffix}.bin", folder / f"parts{suffix}"
 
-# %% ../nbs/21_caching.ipynb #3607ebd6
+# %% ../nbs/21_caching.ipynb #c518f5b5
 def _make_store(place: Path, recipe: Recipe) -> None:
     "An empty store, whole at once; another process may be faster."
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -384,10 +384,10 @@ def _recipe_at(folder: Path) -> Recipe:
 
 def _home(cache: Path, recipe: Recipe) -> Path:
     "Where a recipe's store lies; its encoder may have had another name when it was made."
-    there = sorted((cache / recipe.kind).glob(f"*-{recipe.digest[:12]}-*"))
+    there = sorted(p for p in (cache / recipe.kind).glob(f"*-{recipe.digest[:12]}-*") if not p.name.startswith("."))
     return there[0] if there else cache / recipe.folder
 
-# %% ../nbs/21_caching.ipynb #0d24a9a5
+# %% ../nbs/21_caching.ipynb #679d81c2
 class _Opened:
     "What is there."
 
@@ -414,18 +414,40 @@ class _Opened:
         self._order: tuple[np.ndarray, np.ndarray] | None = None
         self._bytes = self._next = 0
 
+    @property
+    def cell_bytes(self) -> int:
+        "Size of what is stored in one piece: an entry, or a token's row where they are ragged."
+        return self._items * self._word.itemsize
+
+    def refresh(self) -> int:
+        raise NotImplementedError
+
+# %% ../nbs/21_caching.ipynb #215e6cb0
+class _Following(_Opened):
+    "What is there by now."
+
     def refresh(self) -> int:  # how many entries are new
         "See what other processes published. After a `prune` (another `generation`) rows have other numbers."
         with self._lock:
             if self._generation != _generation(self.folder):
                 self._forget()
-            before, names = len(self._keys), [n for n in os.listdir(self._parts) if n.endswith(".idx") and n not in self._published]
-            parts = [_read_part(self._parts / n) for n in sorted(names)]
-            if parts:
-                self._take(np.concatenate(parts))
-            self._published.update(names)
-            self._read_notes()
+            before, generation = len(self._keys), self._generation
+            try:
+                self._look()
+            except (FileNotFoundError, CacheError):
+                if generation == _generation(self.folder):
+                    raise
+                return self.refresh()  # pruned under our eyes
             return len(self._keys) - before
+
+    def _look(self) -> None:
+        "Read the parts and notes that are not known yet."
+        names = [n for n in os.listdir(self._parts) if n.endswith(".idx") and n not in self._published]
+        parts = [_read_part(self._parts / n) for n in sorted(names)]
+        if parts:
+            self._take(np.concatenate(parts))
+        self._published.update(names)
+        self._read_notes()
 
     def _take(self, entries: np.ndarray) -> None:
         "Make entries known. Raises `CacheError` if the file is shorter than they need."
@@ -443,13 +465,8 @@ class _Opened:
     def _read_notes(self) -> None:
         raise NotImplementedError
 
-    @property
-    def cell_bytes(self) -> int:
-        "Size of what is stored in one piece: an entry, or a token's row where they are ragged."
-        return self._items * self._word.itemsize
-
-# %% ../nbs/21_caching.ipynb #0cd85713
-class _Noting(_Opened):
+# %% ../nbs/21_caching.ipynb #040416b0
+class _Noting(_Following):
     "What is known to be bad, and what can be told of a store."
 
     def _read_notes(self) -> None:
@@ -661,14 +678,18 @@ class _Casting(_ReadingText):
             made.append(stored.view(self._torch_word).numpy().reshape(-1, self._items))
         return made
 
-# %% ../nbs/21_caching.ipynb #cd7dbdfd
+# %% ../nbs/21_caching.ipynb #2db6ba31
 class _Writing(_Casting):
     "How a store is filled, by any number of processes."
 
+    def _whole_pages(self, cells: int) -> int:
+        "At least so many cells, that end where a page of the disk ends."
+        grain = 4096 // math.gcd(self.cell_bytes, 4096)
+        return -(-cells // grain) * grain
+
     def _claim_extent(self, cells: int) -> int:
         "Get cells of the file for ourselves, behind all others'; whoever loses tries behind the winner."
-        grain = 4096 // math.gcd(self.cell_bytes, 4096)
-        said = json.dumps({"cells": -(-cells // grain) * grain, **_owner()})
+        said = json.dumps({"cells": self._whole_pages(cells), **_owner()})
         while not _put_exclusively(path := self._parts / f"{self._next:016}.claim", said):
             self._next += self._extent(path)
         return self._next
@@ -695,7 +716,7 @@ class _Writing(_Casting):
         finally:
             os.close(handle)
 
-# %% ../nbs/21_caching.ipynb #2d34929f
+# %% ../nbs/21_caching.ipynb #eb9cf269
 class _Publishing(_Writing):
     "How entries become visible."
 
@@ -703,7 +724,12 @@ class _Publishing(_Writing):
         "Claim an extent, write, publish."
         while True:
             self._wait_for_pruning()
-            start = self._claim_extent(int(taken.sum()))
+            try:
+                start = self._claim_extent(int(taken.sum()))
+            except FileNotFoundError:  # the folder went to a pruner since we looked
+                if not self._wait_for_pruning():
+                    raise
+                continue
             if not self._wait_for_pruning():
                 break
         listed["start"] = start + np.cumsum(taken) - taken
@@ -749,7 +775,7 @@ class _Publishing(_Writing):
         "Take on a piece of work: `with` it, and `beat()` now and then. A dead owner's, or one not heard of for ten minutes, is taken over."
         return _claim(self.folder / "work", name)
 
-# %% ../nbs/21_caching.ipynb #2bda2891
+# %% ../nbs/21_caching.ipynb #486ea438
 @dataclass(frozen=True)
 class Verification:
     "What checking a store found."
@@ -780,13 +806,15 @@ class _Checking(_Publishing):
         parts = [_read_part(p) for p in sorted(self._parts.glob("*.idx"))]
         return np.concatenate(parts) if parts else np.empty(0, _PART)
 
-    def _damaged(self, listed: np.ndarray, read: bool) -> np.ndarray:
+    def _damaged(self, listed: np.ndarray, read: bool, claim: Claim | None = None) -> np.ndarray:
         "Which entries lost their bytes, or have others."
         here = self.rows_file.stat().st_size if self.rows_file.exists() else 0
         bad = (listed["start"] + listed["cells"]) * self.cell_bytes > here
         if read and here:
             with open(self.rows_file, "rb", buffering=0) as file:
-                for i in np.flatnonzero(~bad):
+                for count, i in enumerate(np.flatnonzero(~bad)):
+                    if claim is not None and count % 1024 == 0:
+                        claim.beat()
                     content = os.pread(file.fileno(), int(listed["cells"][i]) * self.cell_bytes, int(listed["start"][i]) * self.cell_bytes)
                     bad[i] = xxh3_64_intdigest(content) != listed["check"][i]
         return bad
@@ -803,7 +831,7 @@ class _Checking(_Publishing):
         rows = tuple(sorted((int(e["start"]), (int(e["key"][0]), int(e["key"][1]))) for e in bad))
         return Verification(self.folder.name, len(listed), rows, max(0, short))
 
-# %% ../nbs/21_caching.ipynb #cb9c761f
+# %% ../nbs/21_caching.ipynb #fcaab41f
 class _Pruning(_Checking):
     "Giving back what is not needed."
 
@@ -815,7 +843,7 @@ class _Pruning(_Checking):
                 said = json.loads(path.read_text() or "{}")
                 raise CacheError(f"{self.folder} is being filled by process {said.get('pid')} on {said.get('host')} ({path.name}): wait, or stop it")
 
-    def _write_next(self, listed: np.ndarray) -> None:
+    def _write_next(self, listed: np.ndarray, claim: Claim) -> None:
         "Copy entries, one behind the other, to the next generation, and let it count."
         rows, parts = _files(self.folder, self._generation + 1)
         taken = np.maximum(listed["cells"], 1).astype(np.int64)
@@ -823,30 +851,41 @@ class _Pruning(_Checking):
         moved["start"] = np.cumsum(taken) - taken
         require_room(self.folder, int(taken.sum()) * self.cell_bytes, f"the pruned {self.folder.name}")
         with atomic_file(rows) as new, open(new, "wb") as file:
-            for old, cells in zip(listed["start"].tolist(), taken.tolist()):
+            for count, (old, cells) in enumerate(zip(listed["start"].tolist(), taken.tolist())):
+                if count % 1024 == 0:
+                    claim.beat()
                 file.write(self._cells[old : old + cells].tobytes())
         filling = parts.with_name(f".{parts.name}.{secrets.token_hex(6)}.partial")
         filling.mkdir()
-        if len(moved):
-            atomic_write(filling / f"{0:016}.idx", _pack_part(moved))
-            grain = 4096 // math.gcd(self.cell_bytes, 4096)
-            atomic_write(filling / f"{0:016}.claim", json.dumps({"cells": -(-int(taken.sum()) // grain) * grain}))
-        os.rename(filling, parts)
+        try:
+            if len(moved):
+                atomic_write(filling / f"{0:016}.idx", _pack_part(moved))
+                atomic_write(filling / f"{0:016}.claim", json.dumps({"cells": self._whole_pages(int(taken.sum()))}))
+            if not claim.beat():
+                raise CacheError(f"{self.folder}: this process was not heard of for too long, and another one prunes now")
+            os.rename(filling, parts)
+        except BaseException:
+            shutil.rmtree(filling, ignore_errors=True)
+            raise
 
     def _sweep(self) -> int:
         "Remove what older generations and killed writers left. Gives the bytes."
         parts = [p for p in self.folder.glob("parts*") if p != self._parts and re.fullmatch(r"parts(-\d+)?", p.name)]
         rows = [p for p in self.folder.glob("rows*.bin") if p != self.rows_file]
         freed = sum(p.stat().st_size for p in rows)
-        for path in parts:
-            shutil.rmtree(path)
+        for path in parts:  # renamed first: a late writer must not find a place in it
+            gone = path.with_name(f".{path.name}.{secrets.token_hex(6)}.partial")
+            os.rename(path, gone)
+            shutil.rmtree(gone, ignore_errors=True)
         for path in rows:
             path.unlink()
-        for folder in (self.folder, self._parts, self.folder / "work", self.folder / "bad"):
-            clear_leftovers(folder)
+        for path in self.folder.rglob(".*.partial"):  # left by killed writers; a young one may be somebody's who is at work
+            with contextlib.suppress(FileNotFoundError):
+                if path.name.startswith((".parts", ".rows")) or _age(path) > _STALE_SECONDS:  # the first are pruners', and there is only one
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
         return freed
 
-# %% ../nbs/21_caching.ipynb #91147bcd
+# %% ../nbs/21_caching.ipynb #143af2f9
 class Store(_Pruning):
     "Entries of one recipe on a disk."
 
@@ -880,13 +919,16 @@ class Store(_Pruning):
         with claim, self._lock:
             self.refresh()
             self._refuse_if_busy()
-            wanted = _Keys()
-            keys = self.keys() if keep is None else np.asarray(keep, np.uint64).reshape(-1, 2)
-            wanted.add(keys, np.zeros(len(keys), np.int64), np.zeros(len(keys), np.int64))
+            self.refresh()  # nobody publishes any more, and what was published in between belongs to it
             listed = self._listed()
-            listed = listed[(wanted.find(listed["key"]) == 0) & ~self._damaged(listed, True)]
+            kept = ~self._damaged(listed, True, claim)
+            if keep is not None:
+                wanted, keys = _Keys(), np.asarray(keep, np.uint64).reshape(-1, 2)
+                wanted.add(keys, np.zeros(len(keys), np.int64), np.zeros(len(keys), np.int64))
+                kept &= wanted.find(listed["key"]) == 0
+            listed = listed[kept]
             listed = listed[np.sort(np.unique(listed["key"], axis=0, return_index=True)[1])]  # a key that two fillers wrote
-            self._write_next(listed)
+            self._write_next(listed, claim)
             self.salvage = False
             self.refresh()
             return self._sweep() - (self.rows_file.stat().st_size if self.rows_file.exists() else 0)

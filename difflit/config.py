@@ -186,7 +186,7 @@ class ModelSettings(CacheSettings):
             raise ValueError("target=eps says nothing about the image at zero signal; with zero_terminal_snr use target=v or x0")
         return self
 
-# %% ../nbs/00_config.ipynb #9d9ee7ee
+# %% ../nbs/00_config.ipynb #58137b62
 class TrainSettings(ModelSettings):
     "All settings of `nbs/train.ipynb`."
 
@@ -201,6 +201,7 @@ class TrainSettings(ModelSettings):
     text_cache_mb: int = Field(512, ge=0, description="memory for what a frozen text tower says, 10⁶ bytes; 0: ask it every time")
     warmup_steps: int | None = Field(None, ge=0, description="steps of rising learning rate (None: a tenth of all)")
     weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled decay, on matrices alone")
+    optimizer: str = Field("adamw", description="adamw, adafactor, sgd, …; with bitsandbytes adamw8bit, paged-adamw8bit, lion8bit")
     beta2: float = Field(0.99, gt=0, lt=1, description="AdamW's second-moment decay")
     clip_norm: float = Field(1.0, ge=0, description="largest norm of the whole gradient; 0 clips nothing")
     ema_decay: float = Field(0.99, ge=0, lt=1, description="of the weights' running average, kept in fp32")

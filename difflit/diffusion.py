@@ -103,7 +103,14 @@ def _table(
     variance = torch.cat([variance[1:2] if timesteps > 1 else betas[:1], variance[1:]])
     return torch.stack([bar.sqrt(), (1 - bar).sqrt(), betas, betas.log(), variance.log()]).to(device)
 
-# %% ../nbs/40_diffusion.ipynb #05904011
+# %% ../nbs/40_diffusion.ipynb #41ddc112
+def _ends(betas:Sequence[float], continuous:bool) -> tuple[float, float]:
+    "First and last β as a tuple, of which JSON has made a list"
+    if continuous:
+        raise ValueError("betas are of schedules with a table: schedule 'flow' has none")
+    return float(betas[0]), float(betas[1])
+
+# %% ../nbs/40_diffusion.ipynb #d3a65d02
 @dataclass(frozen=True)
 class Schedule:
     "How much picture and how much noise there is at each time. Raises `ValueError` for settings that do not fit together."
@@ -116,9 +123,7 @@ class Schedule:
     def __post_init__(self) -> None:
         _choose(self.schedule, SCHEDULES, "schedule")
         if self.betas is not None:
-            object.__setattr__(self, "betas", (float(self.betas[0]), float(self.betas[1])))  # JSON makes lists of tuples
-            if self.continuous:
-                raise ValueError("betas are of schedules with a table: schedule 'flow' has none")
+            object.__setattr__(self, "betas", _ends(self.betas, self.continuous))
         if self.shift <= 0:
             raise ValueError(f"shift is {self.shift}: it must be above 0 (1 shifts nothing)")
         if self.continuous and self.zero_terminal_snr:
@@ -163,7 +168,7 @@ class Schedule:
         return (t.double() * (1000.0 if self.continuous else 1000.0 / self.timesteps)).float()
 
     def time_of(self, sigma:float) -> float:
-        "The time at which σ/α equals the samplers' `sigma`; see the function of the same name"
+        "See the function of the same name"
         return time_of(self, sigma)
 
 # %% ../nbs/40_diffusion.ipynb #71bd1be0

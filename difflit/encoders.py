@@ -6,7 +6,7 @@
 __all__ = ['is_latent', 'encoder_names', 'Encoders', 'open_encoders', 'latent_recipes', 'text_recipe', 'find_store',
            'CaptionReader', 'latent_network']
 
-# %% ../nbs/38_encoders.ipynb #0f58c338
+# %% ../nbs/38_encoders.ipynb #a9579a4d
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from .caching import CacheError, Recipe, Store, caption_keys, list_stores
 from .config import CacheSettings, ModelSettings, SettingsError
 from .files import read_json
 from .filling import latent_recipe
-from .latent import Autoencoder, LatentDenoiser, TextEncoder, create_latent, encoder_entry, latent_denoiser, unet_config
+from .latent import Autoencoder, LatentDenoiser, TextEncoder, create_latent, encoder_entry, latent_denoiser, require_numbers, unet_config
 from .models import load_model, model_folder
 from .pipelines import load_autoencoder, load_parts, load_text_encoder
 
@@ -58,7 +58,7 @@ def encoder_names(
         raise SettingsError(f"a latent run needs {lacking}: a name that `difflit pull` knows, a folder or a file; init_from names a pipeline that has both")
     return vae, text
 
-# %% ../nbs/38_encoders.ipynb #4f42d21c
+# %% ../nbs/38_encoders.ipynb #286ba5ce
 class Encoders:
     "An autoencoder and text encoders; the weights of the latter are read when they are needed."
 
@@ -103,8 +103,8 @@ class Encoders:
     def card(self) -> dict[str, Any]:
         "What a checkpoint says of them."
         vae, text = self.autoencoder, self.text
-        return {"autoencoder": {"where": self.where["vae"], "digest": vae.digest, "scaling_factor": vae.scaling_factor, "shift_factor": vae.shift_factor,
-                                "channels": vae.channels, "factor": vae.factor},
+        numbers = {n: getattr(vae, n) for n in ("scaling_factor", "shift_factor", "channels", "factor")}
+        return {"autoencoder": {"where": self.where["vae"], "digest": vae.digest, **numbers},
                 "text_encoders": {name: {"where": self._found[name], "digest": e.digest, "length": e.length, "skip": e.skip} for name, e in text.items()}}
 
 
@@ -118,7 +118,7 @@ def open_encoders(
     precision = auto if settings.fill_precision == "auto" else settings.fill_precision
     return Encoders(vae, text, clip_skip=settings.clip_skip, text_length=settings.text_length, device=device, text_precision=precision)
 
-# %% ../nbs/38_encoders.ipynb #56900557
+# %% ../nbs/38_encoders.ipynb #a387244a
 def latent_recipes(
     settings: CacheSettings,  # resolved
     autoencoder: Autoencoder,  # what pictures are seen with
@@ -126,8 +126,8 @@ def latent_recipes(
     "What the latents of a run are made by. Raises `SettingsError` on what cannot be made from latents."
     if settings.jitter:
         raise SettingsError("jitter changes colours at every step, which latents that are computed once cannot follow: leave it away")
-    sizes = aspect_buckets(settings.image_size, step=max(autoencoder.factor, 64 if settings.image_size >= 256 else autoencoder.factor)) if settings.buckets else [
-        (settings.image_size, settings.image_size)]
+    step = max(autoencoder.factor, 64 if settings.image_size >= 256 else autoencoder.factor)
+    sizes = aspect_buckets(settings.image_size, step=step) if settings.buckets else [(settings.image_size,) * 2]
     if any(side % autoencoder.factor for size in sizes for side in size):
         raise SettingsError(f"image_size={settings.image_size} is no multiple of {autoencoder.factor}, the factor of autoencoder {autoencoder.name}")
     how: dict[str, Any] = dict(dtype=settings.cache_dtype, mean_only=settings.latents == "mean", crop=settings.crop, flip=settings.flip, trim=settings.trim)
@@ -212,7 +212,7 @@ class CaptionReader:
             found |= {caption: {key: value[k].cpu() for key, value in rows_of.items()} for k, caption in enumerate(part)}
         return [found[c] for c in captions]
 
-# %% ../nbs/38_encoders.ipynb #d5e3f743
+# %% ../nbs/38_encoders.ipynb #c18e865b
 def _projection(settings: ModelSettings, width: int, entries: Mapping[str, Mapping[str, Any]]) -> str:
     "How states reach the UNet: as asked for, or by a linear map where widths differ."
     widths = [e["width"] for e in entries.values()]
@@ -226,12 +226,13 @@ def _from_run(settings: ModelSettings, encoders: Encoders) -> tuple[LatentDenois
     model, card = load_model(str(settings.init_from))
     assert isinstance(model, LatentDenoiser)
     said = card.get("autoencoder", {})
-    encoders.autoencoder.require(str(settings.init_from), **{k: said.get(k) for k in ("channels", "factor", "scaling_factor", "shift_factor")})
+    require_numbers(encoders.autoencoder, str(settings.init_from), **{k: said.get(k) for k in ("channels", "factor", "scaling_factor", "shift_factor")})
     if set(model.config.encoders) != set(encoders.text):
         raise SettingsError(f"{settings.init_from} reads the text of {', '.join(model.config.encoders)}; text_encoder names {', '.join(encoders.text)}")
     for name, entry in model.config.encoders.items():
         if entry["width"] != encoders.text[name].width:
-            raise SettingsError(f"{settings.init_from} reads states of {name} that are {entry['width']} wide; those of this run are {encoders.text[name].width}")
+            mine = encoders.text[name].width
+            raise SettingsError(f"{settings.init_from} reads states of {name} that are {entry['width']} wide; those of this run are {mine}")
     return model, card.get("diffusion", {})
 
 
@@ -252,6 +253,7 @@ def latent_network(
         model, trained = _from_run(settings, encoders)
     else:
         parts = load_parts(str(settings.init_from), wanted=("unet", "scheduler"))
+        assert parts.unet is not None and parts.diffusion is not None
         model = latent_denoiser(parts.unet, entries, _projection(settings, parts.unet.config["cross_attention_dim"], plain), settings.seed, training)
         trained = dict(parts.diffusion)
     _check_channels(model, encoders.autoencoder)
@@ -267,5 +269,5 @@ def _check_channels(model: LatentDenoiser, autoencoder: Autoencoder) -> None:
     "Raises `SettingsError` if a UNet takes other latents than the autoencoder gives."
     takes = model.unet.config["in_channels"]
     if takes != autoencoder.channels:
-        raise SettingsError(f"the UNet takes latents of {takes} channels, autoencoder {autoencoder.name} gives {autoencoder.channels}: they do not belong together "
-                            "(init_from=scratch makes a UNet for it)")
+        raise SettingsError(f"the UNet takes latents of {takes} channels, autoencoder {autoencoder.name} gives {autoencoder.channels}: they do not belong "
+                            "together (init_from=scratch makes a UNet for it)")

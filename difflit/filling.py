@@ -35,7 +35,7 @@ from .decoding import pick_decoder
 from .loading import _read, most_bad
 from .randomness import uniform
 
-# %% ../nbs/37_filling.ipynb #667f3b62
+# %% ../nbs/37_filling.ipynb #23593f69
 Size = tuple[int, int]
 
 
@@ -45,8 +45,10 @@ def _size(image_size: int | Sequence[int]) -> Size:
     return int(width), int(height)
 
 
-def _check_variants(crop: float, variants: int) -> None:
-    "Refuse variants that would all be the same."
+def _check_request(crop: float, variants: int, autocast: str) -> None:
+    "Refuse variants that would all be the same, and precisions that there are not."
+    if autocast not in ("", "fp32", "bf16", "fp16"):
+        raise DataError(f"autocast={autocast!r}: there is bf16, fp16, and fp32 for none")
     if variants < 1 or variants > 1 and crop == 1:
         raise DataError(f"variants={variants} with crop={crop:g}: " + ("there must be at least one" if variants < 1 else
                         "without random cuts (crop below 1) all of them would be the same picture"))
@@ -301,7 +303,7 @@ def _reason(error: Exception) -> str:
         return "the file is missing"
     return str(getattr(error, "why", error)).removeprefix("damaged: ") or type(error).__name__
 
-# %% ../nbs/37_filling.ipynb #82f1d055
+# %% ../nbs/37_filling.ipynb #1234dbf1
 class _Reading:
     "Reads pictures, and says in words what is wrong with them."
 
@@ -315,26 +317,25 @@ class _Reading:
         self.autocast, self._exact_one = autocast, None
         self.workers = workers
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="fill")
-        self.draws = cut_draws(keys[wanted.samples], wanted.variant, crop=augmentation.crop, flip=augmentation.flip)
 
-    def _read_one(self, row: int, into: np.ndarray) -> str:
+    def _read_one(self, row: int, draws: np.ndarray, into: np.ndarray) -> str:
         "Put a picture's pixels where they belong; the sample's name."
         index = int(self.wanted.samples[row])
         sample = _read(self.source, index)
         try:
             if _content_key(sample) != tuple(self.keys[index].tolist()):
                 raise _Changed("the file was changed while the cache was filled; the next fill takes it as it is now")
-            into[:] = prepare(sample, self.size, self.augmentation, self.draws[row], self.decoder)
+            into[:] = prepare(sample, self.size, self.augmentation, draws, self.decoder)
         except Exception as error:
             error.sample_id = sample.id  # type: ignore[attr-defined]
             raise
         return sample.id
 
-    def _read_some(self, rows: np.ndarray, pixels: np.ndarray) -> list[str | Exception]:
+    def _read_some(self, rows: np.ndarray, draws: np.ndarray, pixels: np.ndarray) -> list[str | Exception]:
         found: list[str | Exception] = []
-        for row, into in zip(rows, pixels):
+        for row, numbers, into in zip(rows, draws, pixels):
             try:
-                found.append(self._read_one(int(row), into))
+                found.append(self._read_one(int(row), numbers, into))
             except (DataError, FileNotFoundError) as error:
                 found.append(error)
             except OSError as error:
@@ -344,7 +345,7 @@ class _Reading:
                 found.append(error)
         return found
 
-# %% ../nbs/37_filling.ipynb #4a4c88e8
+# %% ../nbs/37_filling.ipynb #c9e37a88
 class _Pictures(_Reading):
     "Batches of pictures, read by threads."
 
@@ -353,7 +354,9 @@ class _Pictures(_Reading):
         pixels = torch.empty((len(rows), self.size[1], self.size[0], 3), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         parts = np.array_split(np.arange(len(rows)), min(len(rows), self.workers))
         view = pixels.numpy()
-        futures = [self.pool.submit(self._read_some, rows[p], view[p[0] : p[-1] + 1]) for p in parts]
+        kind, samples = self.augmentation, self.wanted.samples[rows]
+        draws = cut_draws(self.keys[samples], self.wanted.variant[rows], crop=kind.crop, flip=kind.flip)
+        futures = [self.pool.submit(self._read_some, rows[p], draws[p], view[p[0] : p[-1] + 1]) for p in parts]
         return lambda: self._collected(rows, pixels, [f for future in futures for f in future.result()])
 
     def _collected(self, rows: np.ndarray, pixels: Tensor, found: list[str | Exception]) -> _Loaded:
@@ -691,13 +694,13 @@ class _Steps(_Results):
             self._take(self.pending.popleft())
         self.blocks.beat()
 
-# %% ../nbs/37_filling.ipynb #530371fd
+# %% ../nbs/37_filling.ipynb #01a98bff
 class _Fill(_Steps):
     "Fills one store."
 
     def _all(self) -> None:
         "Until nothing is missing."
-        batches, ahead, pause = self._batches(), deque[Callable[[], _Loaded]](), 0.05
+        batches, ahead, pause, waited = self._batches(), deque[Callable[[], _Loaded]](), 0.05, 0.0
         more = True
         while more or ahead:
             waits = False
@@ -714,7 +717,9 @@ class _Fill(_Steps):
                 self._drain()
                 self.writing.flush(wait=True)
                 time.sleep(pause)
-                pause = min(2 * pause, 3.0)
+                if waited < 20 <= waited + pause:
+                    self.encoding.note(f"waiting for {len(self.blocks.waiting)} blocks that other processes have claimed; those of dead ones are taken over")
+                waited, pause = waited + pause, min(2 * pause, 3.0)
         self._drain()
 
     def run(self) -> None:
@@ -802,7 +807,7 @@ def _unreadable(source: Source, keys: np.ndarray, indices: Sequence[int] | np.nd
                         f"the first is {source.ids()[lost[0]]}")
     return lost
 
-# %% ../nbs/37_filling.ipynb #a914e15a
+# %% ../nbs/37_filling.ipynb #c2080216
 def fill_latents(
     source: Source,  # the pictures
     cache: str | Path,  # folder of the cache; the store is made if missing
@@ -829,7 +834,7 @@ def fill_latents(
     on_progress: Callable[[int, int], Any] | None = None,  # called with entries done and wanted
 ) -> FillReport:  # what was done
     "Encode the pictures that a cache lacks. Any number of processes may do this at once. Raises `DataError`, `CacheError`, `FillError`."
-    _check_variants(crop, variants)
+    _check_request(crop, variants, autocast)
     keys = picture_keys(source) if keys is None else np.asarray(keys, np.uint64)
     lost = _unreadable(source, keys, indices, bad_samples)
     wanted = wanted_keys(source, variants=variants, flip=flip, indices=indices, keys=keys)

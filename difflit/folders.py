@@ -264,8 +264,36 @@ def _nothing(source: "FolderSource", usable: int, count: int) -> DataError:
     return DataError(f"{source.root}: no picture with a caption among {count} files. Looked for images ({', '.join(IMAGE_SUFFIXES[:5])} "
                      f"…) with a .txt of the same name beside them, or {', '.join(TABLES)}.{' Skipped:' if listed else ''}{listed}{more}")
 
-# %% ../nbs/11_folders.ipynb #365b03d8
-class FolderSource(Source):
+# %% ../nbs/11_folders.ipynb #f2cc182c
+class _Entries(Source):
+    "What a folder's entries tell without opening a picture."
+
+    root: Path
+    entries: list[Entry]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def sizes(self) -> np.ndarray:
+        return np.array([(e.look.width, e.look.height) for e in self.entries], np.int32).reshape(-1, 2)
+
+    def fingerprints(self) -> np.ndarray:
+        return np.array([e.look.fingerprint for e in self.entries], np.uint64).reshape(-1, 2)
+
+    def describe(self) -> dict[str, Any]:
+        return {e.id: {"sha256": e.look.digest, "captions": list(e.captions)} for e in self.entries}
+
+    def ids(self) -> list[str]:
+        return [e.id for e in self.entries]
+
+    def captions(self, limit: int = 10_000) -> list[str]:
+        return [e.captions[0] for e in self.entries[:limit]]
+
+    def digest(self) -> str:
+        return digest_bytes("\n".join(f"{e.id} {e.look.digest} {e.captions}" for e in self.entries))
+
+# %% ../nbs/11_folders.ipynb #693f2dfb
+class FolderSource(_Entries):
     "A tree of images with captions in `.txt` twins, `captions.json`, `metadata.jsonl` or `metadata.csv`."
 
     name = "folder"
@@ -292,9 +320,6 @@ class FolderSource(Source):
         if not self.entries:
             raise _nothing(self, len(entries), count)
 
-    def __len__(self) -> int:
-        return len(self.entries)
-
     def __getitem__(self, index: int) -> Sample:
         entry = self.entries[self._checked(index)]
         try:
@@ -309,21 +334,3 @@ class FolderSource(Source):
     def encoded(self, index: int, metadata: bool = True) -> Encoded:
         entry = self.entries[self._checked(index)]
         return Encoded((self.root / entry.id).read_bytes(), entry.captions[0], entry.id, _metadata(entry))
-
-    def sizes(self) -> np.ndarray:
-        return np.array([(e.look.width, e.look.height) for e in self.entries], np.int32).reshape(-1, 2)
-
-    def fingerprints(self) -> np.ndarray:
-        return np.array([e.look.fingerprint for e in self.entries], np.uint64).reshape(-1, 2)
-
-    def describe(self) -> dict[str, Any]:
-        return {e.id: {"sha256": e.look.digest, "captions": list(e.captions)} for e in self.entries}
-
-    def ids(self) -> list[str]:
-        return [e.id for e in self.entries]
-
-    def captions(self, limit: int = 10_000) -> list[str]:
-        return [e.captions[0] for e in self.entries[:limit]]
-
-    def digest(self) -> str:
-        return digest_bytes("\n".join(f"{e.id} {e.look.digest} {e.captions}" for e in self.entries))

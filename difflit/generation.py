@@ -106,7 +106,7 @@ class Pipeline:
         config = getattr(self.model, "config", None)
         return {name for name, flag in (("low_res", "super_resolution"), ("inpaint", "inpaint")) if getattr(config, flag, False)}
 
-# %% ../nbs/51_generation.ipynb #45b4402e
+# %% ../nbs/51_generation.ipynb #148d8909
 def _is_diffusers(path: str | Path) -> bool:
     "Whether a pipeline of diffusers is meant: a folder, a single file, or a name that `difflit pull` knows."
     place = Path(path)
@@ -123,6 +123,7 @@ def _is_diffusers(path: str | Path) -> bool:
 def _diffusers_pipeline(path: str | Path, device: torch.device) -> Pipeline:
     "What lies in Stable Diffusion's format, as a pipeline."
     parts = load_parts(path, device=device)
+    assert parts.autoencoder is not None
     encoders = Encoders.of(parts.autoencoder, parts.encoders, device)
     model, diffusion = parts.denoiser().to(device).eval(), Diffusion(**(parts.diffusion or {}))
     side = int(model.unet.config["sample_size"]) * encoders.autoencoder.factor

@@ -111,7 +111,7 @@ def _table(settings: CacheSettings, source: Source, split: str) -> SampleSet:
     "The table of a split: the one it came from, or the one that is made of it."
     return source.table if isinstance(source, TableSource) else make_set(settings.cache, source, settings.data, split)
 
-# %% ../nbs/70_job_data.ipynb #37b7c69b
+# %% ../nbs/70_job_data.ipynb #17d41b03
 def fill_caches(
     settings: CacheSettings,  # resolved
     encoders: Encoders | None = None,  # opened ones, where they are (None: the settings')
@@ -133,7 +133,8 @@ def fill_caches(
     for name, outline in encoders.text.items() if text else ():
         recipe = text_recipe(settings, outline)
         encoder = outline if _all_there(settings, recipe, captions) else encoders.loaded(name)
-        reports.append(fill_text(captions, settings.cache, encoder, length=settings.text_length, dtype=settings.cache_dtype, progress=progress, forgive=forgive))
+        how: dict[str, Any] = {"length": settings.text_length, "dtype": settings.cache_dtype, "progress": progress, "forgive": forgive}
+        reports.append(fill_text(captions, settings.cache, encoder, **how))
     encoders.release()
     return reports
 
@@ -148,12 +149,13 @@ def _fill_pictures(settings: CacheSettings, encoders: Encoders, source: Source, 
     sizes = [tuple(r.settings["image_size"]) for r in latent_recipes(settings, encoders.autoencoder)]
     how: dict[str, Any] = {"buckets": sizes} if settings.buckets else {"image_size": sizes[0]}
     precision = "" if settings.fill_precision in ("auto", "fp32") else settings.fill_precision
-    return fill_latents(source, settings.cache, encoders.autoencoder, **how, dtype=settings.cache_dtype, mean_only=settings.latents == "mean", crop=settings.crop,
-                        variants=settings.variants, flip=settings.flip, trim=settings.trim, batch_size=settings.fill_batch, workers=settings.workers or None,
+    return fill_latents(source, settings.cache, encoders.autoencoder, **how, dtype=settings.cache_dtype, mean_only=settings.latents == "mean",
+                        crop=settings.crop, variants=settings.variants, flip=settings.flip, trim=settings.trim, batch_size=settings.fill_batch,
+                        workers=settings.workers or None,
                         decoder=settings.decoder, autocast=precision, keys=table.keys[: len(source)], bad_samples=settings.bad_samples, forgive=forgive,
                         progress=progress)
 
-# %% ../nbs/70_job_data.ipynb #9d8e24bb
+# %% ../nbs/70_job_data.ipynb #262d2bd5
 def cached_split(
     settings: CacheSettings,  # resolved
     encoders: Encoders,  # whose stores are read
@@ -162,7 +164,8 @@ def cached_split(
 ) -> CachedSource:  # the same samples as latents and states
     "Join a split with its stores. Raises `CacheError` if something was never computed."
     table = _table(settings, source, split)
-    latents = [find_store(settings.cache, recipe) for recipe in latent_recipes(settings, encoders.autoencoder) if not settings.buckets or _exists(settings, recipe)]
+    recipes = latent_recipes(settings, encoders.autoencoder)
+    latents = [find_store(settings.cache, recipe) for recipe in recipes if not settings.buckets or _exists(settings, recipe)]
     learning = isinstance(settings, TrainSettings) and settings.train_text
     text: dict[str, Store] = {} if learning else {name: find_store(settings.cache, text_recipe(settings, e)) for name, e in encoders.text.items()}
     vae = encoders.autoencoder

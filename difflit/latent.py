@@ -133,13 +133,24 @@ def require_numbers(
             raise SettingsError(f"{where} says {name} {value:g}, but autoencoder {autoencoder.name} has {mine:g}: its latents are not what the network knows; "
                                 "use the autoencoder that it was trained with, or correct the number")
 
-# %% ../nbs/32_latent.ipynb #6b72b8db
+# %% ../nbs/32_latent.ipynb #c1f8ed92
 _TEXT_MODELS: dict[str, tuple[Any, Any]] = {
     "CLIPTextModel": (CLIPTextConfig, CLIPTextModel),
     "CLIPTextModelWithProjection": (CLIPTextConfig, CLIPTextModelWithProjection),
     "T5EncoderModel": (T5Config, T5EncoderModel),
 }
 _PROBES = ("", "a photograph of a cat", "Ein Café bei Nacht, 3½ Tassen & 雨")
+
+
+def _measures(model: Any) -> tuple[int, int, int, int | None]:
+    "Width, pooled width (0: none), layers, most tokens (None: any number)."
+    if hasattr(model, "measures"):
+        return model.measures
+    c = model.config
+    if isinstance(model, T5EncoderModel):
+        return c.d_model, 0, c.num_layers, None
+    pooled = c.projection_dim if isinstance(model, CLIPTextModelWithProjection) else 0
+    return c.hidden_size, pooled, c.num_hidden_layers, c.max_position_embeddings
 
 
 def _read_clip(model: Any, tokens: Tensor, skip: int, norm: bool) -> dict[str, Tensor]:
@@ -159,7 +170,7 @@ def _read_t5(model: Any, tokens: Tensor, mask: Tensor, skip: int, norm: bool) ->
         states = model.encoder.final_layer_norm(states)
     return {"states": states * mask[..., None].to(states)}
 
-# %% ../nbs/32_latent.ipynb #3228685b
+# %% ../nbs/32_latent.ipynb #e7c37df4
 class TextEncoder(nn.Module):
     "A text network of transformers and its tokenizer: captions to states. Raises `SettingsError` on a length or layer that it has not."
 
@@ -186,6 +197,7 @@ class TextEncoder(nn.Module):
             raise SettingsError(f"text encoder {name} has {layers} layers: skip={self.skip} of them cannot be left out at the end")
         if limit and self.length > limit:
             raise SettingsError(f"text encoder {name} reads at most {limit} tokens, not {self.length}")
+        self.eval()  # no dropout, unless it trains
 
     @property
     def digest(self) -> str:
@@ -214,17 +226,6 @@ class TextEncoder(nn.Module):
     def recipe(self, length: int | None = None, dtype: str = "fp16", **settings: Any) -> Recipe:
         "What decides its stored states of at most `length` tokens."
         return text_recipe(self, length, dtype, settings)
-
-
-def _measures(model: Any) -> tuple[int, int, int, int | None]:
-    "Width, pooled width (0: none), layers, most tokens (None: any number)."
-    if hasattr(model, "measures"):
-        return model.measures
-    c = model.config
-    if isinstance(model, T5EncoderModel):
-        return c.d_model, 0, c.num_layers, None
-    pooled = c.projection_dim if isinstance(model, CLIPTextModelWithProjection) else 0
-    return c.hidden_size, pooled, c.num_hidden_layers, c.max_position_embeddings
 
 # %% ../nbs/32_latent.ipynb #515a3283
 def _rows(encoder: TextEncoder, captions: Sequence[str]) -> list[list[int]]:
@@ -310,7 +311,7 @@ def text_condition(
     "The keyword that a `LatentDenoiser` wants, of one length whatever the captions: guidance puts two of them together."
     return {"text": {name: encoder.encode(captions, (lengths or {}).get(name, encoder.length)) for name, encoder in encoders.items()}}
 
-# %% ../nbs/32_latent.ipynb #0739ac82
+# %% ../nbs/32_latent.ipynb #d86d4cb5
 UNETS: dict[str, dict[str, Any]] = {
     "sd15": {
         "sample_size": 64, "in_channels": 4, "out_channels": 4, "block_out_channels": [320, 640, 1280, 1280], "layers_per_block": 2,
@@ -318,10 +319,10 @@ UNETS: dict[str, dict[str, Any]] = {
         "cross_attention_dim": 768, "attention_head_dim": 8, "norm_num_groups": 32, "norm_eps": 1e-5, "act_fn": "silu", "center_input_sample": False,
         "downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0, "mid_block_scale_factor": 1,
     },
-    "latent-tiny": {
-        "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": [64, 128], "layers_per_block": 1,
-        "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
-        "cross_attention_dim": 64, "attention_head_dim": 4, "norm_num_groups": 16,
+    "latent-tiny": {  # for the models that come with the package
+        "sample_size": 16, "in_channels": 4, "out_channels": 4, "block_out_channels": [64, 128], "layers_per_block": 1,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "cross_attention_dim": 64, "attention_head_dim": [1, 2], "norm_num_groups": 8,
     },
 }
 
@@ -573,7 +574,7 @@ def _joined(model: LatentDenoiser, text: Mapping[str, Mapping[str, Tensor]]) -> 
         masks = torch.cat([torch.ones(s.shape[:2], dtype=torch.bool, device=s.device) if m is None else m for s, m in parts], dim=1)
     return torch.cat([states for states, _ in parts], dim=1), masks
 
-# %% ../nbs/32_latent.ipynb #a8e31259
+# %% ../nbs/32_latent.ipynb #8f232bb0
 def latent_denoiser(
     unet: UNet2DConditionModel,  # becomes part of the result; "replace" changes it
     encoders: Mapping[str, TextEncoder | Mapping[str, Any]],  # name → encoder, or its `encoder_entry`
@@ -606,7 +607,7 @@ def latent_denoiser(
 
 def create_latent(
     config: str | Path | Mapping[str, Any] = "latent-tiny",  # as `unet_config` takes it
-    encoders: Mapping[str, TextEncoder | Mapping[str, Any]] | None = None,  # name → encoder, or its `encoder_entry`; None: CLIP-L's numbers
+    encoders: Mapping[str, TextEncoder | Mapping[str, Any]] | None = None,  # name → encoder, or its `encoder_entry`; None: a CLIP of the UNet's width
     projection: str = "none",  # "none", "linear", "mlp"; "replace": cross-attention at the encoder's width
     seed: int = 0,  # of the initial weights
     train: Sequence[str] = (),  # encoders that shall train
@@ -616,8 +617,9 @@ def create_latent(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet = UNet2DConditionModel.from_config(unet_config(config, **overrides))
-    entries = {"clip-l": {"width": 768, "length": 77, "masked": False}} if encoders is None else encoders
-    return latent_denoiser(unet, entries, projection, seed, train).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    width = unet.config["cross_attention_dim"]
+    usual: Mapping[str, Any] = {"clip-l" if width == 768 else "clip": {"width": width, "length": 77, "masked": False}}
+    return latent_denoiser(unet, usual if encoders is None else encoders, projection, seed, train).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 # %% ../nbs/32_latent.ipynb #dbf00935
 _BETAS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}

@@ -46,13 +46,18 @@ def dropped(
     "Which captions are left out for classifier-free guidance. Source: Ho and Salimans 2021, algorithm 1."
     return uniform(seed, "caption dropout", positions) < uncond_p
 
-# %% ../nbs/17_loading.ipynb #b121e4c6
+# %% ../nbs/17_loading.ipynb #a7611b9c
 @lru_cache(maxsize=64)
 def _lean(kind: Any) -> dict[str, bool]:
     "Ask for no metadata, if a source of one's own knows the word."
     return {"metadata": False} if "metadata" in inspect.signature(kind.encoded).parameters else {}
 
 
+def _all_known(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    "The rows of all parts, if every part knows its own."
+    return None if any(p is None for p in parts) else np.concatenate([p for p in parts if p is not None])
+
+# %% ../nbs/17_loading.ipynb #3671599c
 class MixedSource(Source):
     "Several sources as one, each drawn in its share."
 
@@ -88,12 +93,10 @@ class MixedSource(Source):
         return source.encoded(inside, **({} if metadata else _lean(kind)))
 
     def sizes(self) -> np.ndarray | None:
-        parts = [s.sizes() for s in self.sources]
-        return None if any(p is None for p in parts) else np.concatenate([p for p in parts if p is not None])
+        return _all_known([s.sizes() for s in self.sources])
 
     def fingerprints(self) -> np.ndarray | None:
-        parts = [s.fingerprints() for s in self.sources]
-        return None if any(p is None for p in parts) else np.concatenate([p for p in parts if p is not None])
+        return _all_known([s.fingerprints() for s in self.sources])
 
     def labels(self, key: str) -> list[Any]:
         return [label for source in self.sources for label in source.labels(key)]

@@ -120,7 +120,7 @@ def _no_pickles(path: Path) -> str:
     return (f"{path} is a pickle, which can run any code when it is read: it is refused. Take the model's .safetensors, or, where you trust the file, "
             "convert it once with its own program (diffusers and transformers: from_pretrained(…, use_safetensors=False).save_pretrained(folder))")
 
-# %% ../nbs/34_pipelines.ipynb #dd2c08ae
+# %% ../nbs/34_pipelines.ipynb #f05e980a
 _UNWANTED = re.compile(r"(^|/)(safety_checker|feature_extractor|image_encoder|vae_encoder|vae_decoder|onnx|openvino|flax|coreml|original|\.git\w*)(/|$)")
 _SMALL = (".json", ".txt", ".model", ".md")
 
@@ -158,13 +158,15 @@ def _shards(weights: Sequence[str], plain: str) -> bool:
     stem = plain.removesuffix(".safetensors")
     return any(f.startswith(stem + "-0") for f in weights)
 
-
+# %% ../nbs/34_pipelines.ipynb #c3aba494
 def pull(
     name: str,  # one of `MODELS`, or "owner/name" of the hub, perhaps with "/folder" behind
     folder: str | Path | None = None,  # a folder of models to put it in, under its name; None: the hub's own cache
 ) -> Path:  # what `find_model` finds
     "Fetch a model: on a login node, for compute nodes without a network. Raises `SettingsError` for what cannot be fetched."
     repository, inside = _split_name(name)
+    if name == "tiny":
+        return find_model(name)  # it came with the package
     if not repository:
         raise SettingsError(f"there is no model {name!r} to fetch{nearest(name, MODELS)}; models of the hub are called owner/name")
     from huggingface_hub import HfApi, snapshot_download
@@ -257,7 +259,7 @@ def _streamed_digest(files: Sequence[Path], prefix: str) -> str:
                 total.update(view[at:min(at + (1 << 24), last)])
     return total.hexdigest()
 
-# %% ../nbs/34_pipelines.ipynb #ae410bc4
+# %% ../nbs/34_pipelines.ipynb #b9048166
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -274,10 +276,11 @@ def _precision(dtype: str | torch.dtype) -> torch.dtype:
 def _quiet() -> Iterator[None]:
     "Neither log lines nor progress bars of diffusers and transformers; their settings are put back."
     levels = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
+    bars = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
     diffusers_logging.set_verbosity_error()
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    for library in bars:
+        library.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -285,8 +288,8 @@ def _quiet() -> Iterator[None]:
     finally:
         diffusers_logging.set_verbosity(levels[0])
         transformers_logging.set_verbosity(levels[1])
-        if bars:
-            transformers_logging.enable_progress_bar()
+        for library in bars:
+            library.enable_progress_bar()
 
 
 def _component(path: Path, which: str) -> Path:
@@ -308,7 +311,7 @@ def _read_weights(files: Sequence[Path]) -> dict[str, Tensor]:
             raise SettingsError(f"{path} is damaged ({path.stat().st_size} bytes): {error}") from None
     return tensors
 
-
+# %% ../nbs/34_pipelines.ipynb #24c2171c
 @contextmanager
 def _usual_names(folder: Path, files: Sequence[Path], stem: str) -> Iterator[Path]:
     "The folder, or one that shows its files under the names that the libraries look for: variants, and what somebody has renamed."
@@ -461,7 +464,7 @@ def _known_unet(path: Path) -> dict[str, Any]:
     raise SettingsError(f"{path} holds {what}: by their shapes those of SD 1 (768) and SD 2 (1024) are known; "
                         f"put {path.stem}/unet/config.json beside it for others")
 
-# %% ../nbs/34_pipelines.ipynb #da076331
+# %% ../nbs/34_pipelines.ipynb #e9fcf711
 _ARCHITECTURES = {"CLIPTextModel": CLIPTextModel, "CLIPModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModelWithProjection,
                   **dict.fromkeys(("T5EncoderModel", "T5ForConditionalGeneration", "T5WithLMHeadModel", "T5Model"), T5EncoderModel)}
 _WIDTHS = {("clip", 768): "clip-l", ("clip", 1280): "clip-g", ("t5", 512): "t5-small", ("t5", 768): "t5-base", ("t5", 1024): "t5-large", ("t5", 2048): "t5-xl",
@@ -492,7 +495,7 @@ def _outline(kind: Any, folder: Path) -> nn.Module:
     with _quiet(), torch.device("meta"):
         return kind(kind.config_class.from_pretrained(str(folder), local_files_only=True)).eval()
 
-
+# %% ../nbs/34_pipelines.ipynb #eb0204de
 def load_text_encoder(
     name: str | Path,  # as `find_model` takes it: an encoder, a pipeline with one; or "open_clip:ViT-bigG-14"
     dtype: str = "fp32",  # that it computes in: fp32, bf16 or fp16
@@ -524,7 +527,7 @@ def load_text_encoder(
     model.requires_grad_(False)
     return TextEncoder(model, tokenizer, called or _encoder_name(model), digest=component_digest(folder), source=folder, **options)
 
-# %% ../nbs/34_pipelines.ipynb #d82c7714
+# %% ../nbs/34_pipelines.ipynb #94935d1e
 class OpenClipText(nn.Module):
     "The text half of an open_clip model, with the states that it computes on the way."
 
@@ -575,7 +578,7 @@ class _OpenClipTokens:
         start, end = self.tokenizer.sot_token_id, self.tokenizer.eot_token_id
         return {"input_ids": [[start, *self.tokenizer.encode(caption), end] for caption in captions]}
 
-
+# %% ../nbs/34_pipelines.ipynb #c6969065
 def load_open_clip(
     name: str,  # "open_clip:ARCHITECTURE" (its weights from the hub's cache), or "open_clip:ARCHITECTURE:path/to.safetensors"
     dtype: str = "fp32",  # that it computes in
@@ -723,7 +726,7 @@ def _own_label(coder: Autoencoder, note: Mapping[str, Any], where: str) -> Autoe
         coder.name, coder.digest = note["name"], note["digest"]
     return coder
 
-# %% ../nbs/34_pipelines.ipynb #7ccef185
+# %% ../nbs/34_pipelines.ipynb #1ce1737d
 def _encoders_of(path: Path, notes: Mapping[str, Any] | None, dtype: str, device: str | torch.device) -> dict[str, TextEncoder]:
     "A pipeline's text encoders, those that it only refers to included."
     if notes is None:  # diffusers' own
@@ -755,7 +758,7 @@ def _config_of(path: Path, encoders: Mapping[str, TextEncoder]) -> LatentConfig 
     except SettingsError:
         return None  # a UNet that is none of ours; whoever asks for it is told
 
-
+# %% ../nbs/34_pipelines.ipynb #69cf437c
 def _parts_of_file(name: str | Path, path: Path, wanted: Sequence[str], dtype: str, device: str | torch.device) -> Parts:
     "The parts of a checkpoint in one file; what such a file cannot say is taken from the folder of the same name beside it."
     beside = path.with_suffix("")
@@ -803,7 +806,7 @@ def _single_text(path: Path, dtype: str, device: str | torch.device) -> TextEnco
     nn.Module.to(model, device, _precision(dtype)).eval().requires_grad_(False)
     return TextEncoder(model, _load_tokenizer(CLIPTextModel, places), _encoder_name(model), digest=component_digest(path, prefix), source=path)
 
-# %% ../nbs/34_pipelines.ipynb #b2aa3db7
+# %% ../nbs/34_pipelines.ipynb #ca62b5f3
 def _store(component: Any, source: Path | None, target: Path, dtype: torch.dtype | None) -> None:
     "A component in its library's format: copied where it lies on disk in that form, else written."
     config = read_json(source / "config.json") if source is not None and source.is_dir() else {}
@@ -828,6 +831,8 @@ def _store_encoder(encoder: TextEncoder, trained: nn.Module | None, folder: Path
     suffix = f"_{number}" if number > 1 else ""
     target = folder / f"text_encoder{suffix}"
     _store(trained or encoder.model, None if trained else encoder.source, target, dtype)
+    if encoder.tokenizer.model_max_length > 10**6:  # nobody has said it, and diffusers asks the tokenizer
+        encoder.tokenizer.model_max_length = encoder.length
     with _quiet():
         encoder.tokenizer.save_pretrained(str(folder / f"tokenizer{suffix}"))
     stored = component_digest(target)

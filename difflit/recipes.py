@@ -8,11 +8,12 @@ __all__ = ['SCORERS', 'make_tokenizer', 'build_network', 'build_diffusion', 'tas
            'whole_pictures', 'job_pictures', 'preview_prompts', 'save_preview', 'save_job', 'validate', 'job_hooks',
            'train_job', 'scorer', 'score_shapes', 'score_digits', 'score_emoji', 'Judged', 'score_job']
 
-# %% ../nbs/71_recipes.ipynb #4ee70023
+# %% ../nbs/71_recipes.ipynb #9570790c
 import json
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -37,12 +38,13 @@ from .diffusion import Diffusion
 from .encoders import CaptionReader, Encoders, is_latent, latent_network, open_encoders
 from .evaluation import alignment, digit_agreement, gallery_of, nearest_caption_agreement, restoration, share_score, train_digit_classifier
 from .files import atomic_write, read_json, require_room, write_json
+from .filling import FillReport
 from .generation import draw, load_pipeline, shown_to
 from .glide import GLIDES, Glide, create_glide, keep_freed_memory
 from .job_data import PREVIEWS, JobData, fill_caches, open_data, sound_samples
 from .latent import LatentDenoiser
 from .loading import Damaged, Loader, differences, is_stream, open_source
-from .models import freeze, load_model, lr_scales, model_card, model_folder, parts_of, reinitialise_parts, select_parameters
+from .models import freeze, load_model, lr_scales, model_card, model_folder, reinitialise_parts, select_parameters
 from .perception import Clip, ClipConfig, create_clip
 from .precision import choose_device, choose_precision
 from .randomness import normal
@@ -148,7 +150,7 @@ def build_diffusion(
     kept = {name: known[name] for name in ("timesteps", "betas") if same and known.get(name) is not None}
     return Diffusion(schedule, target, zero_terminal_snr=zero, time_sampling=settings.time_sampling, shift=shift, **kept)
 
-# %% ../nbs/71_recipes.ipynb #f2fbb266
+# %% ../nbs/71_recipes.ipynb #330916e1
 def task_name(
     settings: TrainSettings,  # resolved
     model: nn.Module,  # the network
@@ -188,7 +190,8 @@ def build_task(
         more |= {"factor": settings.upscale_factor, "conditioning_noise": settings.conditioning_noise, "patch": settings.patch_size}
     if encoders is not None:
         vae = encoders.autoencoder
-        more |= {"scaling_factor": vae.scaling_factor, "shift_factor": vae.shift_factor, "channels": vae.channels, "draw_moments": settings.latents == "moments",
+        more |= {"scaling_factor": vae.scaling_factor, "shift_factor": vae.shift_factor, "channels": vae.channels}
+        more |= {"draw_moments": settings.latents == "moments",
                  "offset_noise": settings.offset_noise, "input_perturbation": settings.input_perturbation}
     cache = None
     if encoders is None and text_is_frozen(model) and hasattr(model, "empty_text"):
@@ -197,7 +200,7 @@ def build_task(
         more["read"] = partial(cache, encode=model.encode_text)  # type: ignore[arg-type]
     return create_task(name, diffusion=diffusion, seed=settings.seed, kind=settings.loss, min_snr_gamma=settings.min_snr_gamma, **more), cache
 
-# %% ../nbs/71_recipes.ipynb #b8ca0e1e
+# %% ../nbs/71_recipes.ipynb #23de646d
 @dataclass
 class TrainingJob:
     "A run that is ready to train."
@@ -217,6 +220,7 @@ class TrainingJob:
     scores: dict[str, Any] = field(default_factory=dict)  # the last judgement
     loader: Loader | CachedLoader | StreamLoader | None = None  # whose state is saved with the checkpoints
     encoders: Encoders | None = None  # of a latent run: what it sees and reads with
+    filled: list[FillReport] = field(default_factory=list)  # what its caches lacked
 
     @property
     def device(self) -> torch.device:
@@ -243,7 +247,7 @@ def count_steps(
         raise SettingsError("a stream does not know how long an epoch is: give steps instead of epochs")
     return settings.steps if settings.steps is not None else max(1, math.ceil(settings.epochs * samples / settings.batch_size))  # type: ignore[operator]
 
-# %% ../nbs/71_recipes.ipynb #7016a690
+# %% ../nbs/71_recipes.ipynb #cee52026
 def _intervals(settings: TrainSettings, steps: int) -> dict[str, int]:
     "Steps between validation, samples and checkpoints."
     given = {"validate": settings.validate_every_steps, "sample": settings.sample_every_steps, "checkpoint": settings.checkpoint_every_steps}
@@ -267,7 +271,7 @@ def _make_state(settings: TrainSettings, model: nn.Module) -> TrainState:
     freeze(model, "lora" if getattr(getattr(model, "config", None), "lora", None) else settings.train_parts)
     reads = isinstance(model, (Glide, Clip))  # another network may have no such text tower to slow down
     scales = lr_scales(model, settings.lr_scales) if reads or settings.lr_scales != TrainSettings.model_fields["lr_scales"].default else {}
-    optimizer = make_optimizer(model, settings.lr, settings.weight_decay, settings.beta2, scales)
+    optimizer = make_optimizer(model, settings.lr, settings.weight_decay, settings.beta2, scales, optimizer=settings.optimizer)
     state = TrainState(model, EMA(model, settings.ema_decay), optimizer, accelerator, choose_precision(settings.precision, device), settings.seed)
     state.wrapped = accelerator.prepare_model(model) if world > 1 else None
     if isinstance(model, LatentDenoiser):
@@ -276,7 +280,32 @@ def _make_state(settings: TrainSettings, model: nn.Module) -> TrainState:
         state.wrapped = torch.compile(state.network)  # type: ignore[assignment]
     return state
 
-# %% ../nbs/71_recipes.ipynb #480e908d
+# %% ../nbs/71_recipes.ipynb #2510ba46
+@dataclass
+class _LatentParts:
+    "What a latent run has before its data: encoders, network, full caches."
+
+    encoders: Encoders
+    model: LatentDenoiser
+    trained: dict[str, Any]  # the diffusion that given weights were trained for
+    filled: list[FillReport]  # what the caches lacked
+
+
+def _latent_parts(run: Run) -> _LatentParts:
+    "Encoders, and the network between them, which must fit before hours are spent on filling the caches."
+    settings: TrainSettings = run.settings
+    encoders = open_encoders(settings, choose_device(settings.device, local_rank=int(os.environ.get("LOCAL_RANK", 0))))
+    model, trained = latent_network(settings, encoders)
+    reports = fill_caches(settings, encoders, progress=run.main and sys.stderr.isatty(), text=not settings.train_text) if settings.fill else []
+    return _LatentParts(encoders, model.train(), trained, [report for report in reports if report.done or report.bad])
+
+
+def _reader(settings: TrainSettings, encoders: Encoders, data: JobData) -> CaptionReader:
+    "What tells the network of captions: the cache, or its own encoders where they learn."
+    assert isinstance(data.train, CachedSource)
+    return CaptionReader(encoders, data.train.text, list(encoders.text) if settings.train_text else [])
+
+# %% ../nbs/71_recipes.ipynb #0ddc12f2
 def prepare(
     run: Run,  # opened, with settings
 ) -> TrainingJob:  # ready for `train_job`
@@ -293,14 +322,10 @@ def _wire(run: Run) -> TrainingJob:
     "The parts of a run, in the order in which they need one another."
     settings: TrainSettings = run.settings
     get_sampler(settings.sampler)  # a wrong name should fail now, not after an hour
-    encoders, notes = _open_encoders(run)
-    data = open_data(settings, encoders)
-    tokenizer: Tokenizer | CaptionReader
-    if encoders is None:
-        model, tokenizer, trained = build_network(settings, data.train.captions())
-    else:
-        model, trained = latent_network(settings, encoders)
-        tokenizer = CaptionReader(encoders, data.train.text, list(encoders.text) if settings.train_text else [])  # type: ignore[attr-defined]
+    made = _latent_parts(run) if is_latent(settings) else None
+    data = open_data(settings, made.encoders if made else None)
+    model, tokenizer, trained = (made.model, _reader(settings, made.encoders, data), made.trained) if made else build_network(settings, data.train.captions())
+    notes = [f"{len(report.bad)} of {report.what} cannot be used" for report in (made.filled if made else []) if report.bad]
     notes += _started(settings, model, trained)
     diffusion = build_diffusion(settings, trained)
     sigma_steps(diffusion, settings.sampler_steps, settings.spacing)
@@ -312,7 +337,7 @@ def _wire(run: Run) -> TrainingJob:
         kept = settings.keep_checkpoints
         require_room(run.path, checkpoint_bytes(model) * (kept + 1), f"keeping {kept} checkpoints (and writing one more)")
     state = _make_state(settings, model)
-    task, cache = build_task(settings, state.model, diffusion, encoders)
+    task, cache = build_task(settings, state.model, diffusion, made.encoders if made else None)
     _check_prompts(settings, task)
     loader = make_loader(run, data.train, tokenizer, state)
     steps = count_steps(settings, len(data.train) if isinstance(loader, StreamLoader) else loader.order.epoch_samples)
@@ -327,19 +352,9 @@ def _wire(run: Run) -> TrainingJob:
     for note in notes:
         logging.getLogger("difflit").warning(note)
     return TrainingJob(run, settings, data, tokenizer, diffusion, task, state, tracker, cache, steps, _intervals(settings, steps), notes,
-                       loader=loader, encoders=encoders)
+                       loader=loader, encoders=made.encoders if made else None, filled=made.filled if made else [])
 
-
-def _open_encoders(run: Run) -> tuple[Encoders | None, list[str]]:
-    "What a latent run sees and reads with, its caches filled; and notes of what had to be computed."
-    settings: TrainSettings = run.settings
-    if not is_latent(settings):
-        return None, []
-    encoders = open_encoders(settings, choose_device(settings.device, local_rank=int(os.environ.get("LOCAL_RANK", 0))))
-    reports = fill_caches(settings, encoders, progress=run.main, text=not settings.train_text) if settings.fill else []
-    return encoders, [str(report) for report in reports if report.done or report.bad]
-
-
+# %% ../nbs/71_recipes.ipynb #99b93765
 def _is_shown(settings: TrainSettings, task: Task) -> bool:
     "Whether a task shows its network something of the picture."
     given = getattr(task, "given", None)  # a task of one's own need not have it

@@ -3,7 +3,7 @@
 They are what Stable Diffusion is made of, in its own layout and a thousandth of its size, so that latent diffusion can be learned, tried and tested on
 a CPU without a network. All are made from the drawn shapes alone:
 
-    python tests/make_tiny_models.py                # writes difflit/assets/tiny and prints the held-out measures; minutes on two CPU cores
+    python tests/make_tiny_models.py                # writes difflit/assets/tiny and prints the held-out measures; about 4 minutes on two CPU cores
     python tests/make_tiny_models.py --out other    # somewhere else, to compare
 
 What is trained, and on what:
@@ -12,7 +12,7 @@ What is trained, and on what:
   its 1 × 1 convolutions; `scaling_factor` in its config is 1/std of latents drawn over training scenes, as Rombach et al. 2022 measured theirs;
 - *tokenizer*: CLIP's vocabulary, cut down to the merges that captions of shapes use. All bytes stay, so that any text can be written in it;
 - *text_encoder*: a CLIP text model of two layers, which learns to tell from its last state what a caption says (shapes, colours, size, place,
-  background). At initialisation its states say little about the words beyond the first one, and a UNet learns slowly from them;
+  background), so that its states carry what a UNet has to know;
 - *scheduler*, *unet*: configurations only; the UNet is what one trains.
 
 Draws are seeded; another processor or version of torch may round otherwise and give other bits of equal quality.
@@ -233,7 +233,7 @@ def scheduler() -> DDIMScheduler:
     "Stable Diffusion's schedule of noise, with v as target; DDIM's steps end at the last timestep, where sampling begins."
     return DDIMScheduler(
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False,
-        timestep_spacing="trailing")
+        timestep_spacing="trailing", steps_offset=1)  # trailing steps ignore the offset, pipelines want to see it
 
 
 UNET = dict(  # heads of 64; attention only at 8 × 8, where a CPU computes it quickly
@@ -259,7 +259,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=OUT, help="the folder to write")
     parser.add_argument("--parts", default="text,vae,configs", help="which parts to make anew")
-    parser.add_argument("--vae-steps", type=int, default=2000, help="updates of the autoencoder, of 32 scenes each")
+    parser.add_argument("--vae-steps", type=int, default=1200, help="updates of the autoencoder, of 32 scenes each")
     parser.add_argument("--text-steps", type=int, default=600, help="updates of the text encoder, of 128 captions each")
     parser.add_argument("--kl", type=float, default=1e-3, help="weight of the KL divergence")
     asked = parser.parse_args()
@@ -272,7 +272,7 @@ def main() -> None:
         save_text_encoder(encoder, asked.out / "text_encoder")
         print(f"text encoder: {100 * right:.2f} % of answers right on held-out captions")
     if "vae" in parts:
-        images = pictures("train", 16_384)
+        images = pictures("train", 8192)
         vae = train_vae(images, asked.vae_steps, asked.kl)
         save_vae(vae, images[:2048], asked.out / "vae")
         decibels = reconstruction(vae, pictures("validation", 512))

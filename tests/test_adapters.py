@@ -266,12 +266,13 @@ def test_any_part_begins_anew(pipeline, registered, part):
             assert (module.weight == 1).all() and (module.bias == 0).all()
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype, tolerance", [(None, 1e-4), (torch.bfloat16, 0.05)])
-def test_quick_layers_compute_the_same(dtype, tolerance):
-    unets = [latent_denoiser(twins.tiny_unet(sample_size=16), {"clip-l": {"width": 32, "length": 9}}).train() for _ in range(2)]
+def test_quick_layers_compute_the_same(dtype, tolerance, masked):
+    unets = [latent_denoiser(twins.tiny_unet(sample_size=16), {"clip-l": {"width": 32, "length": 9, "masked": masked}}).train() for _ in range(2)]
     quicken(unets[1])
     x, times = torch.randn(2, 4, 16, 16), torch.tensor([10.0, 600.0])
-    text = {"clip-l": {"states": torch.randn(2, 9, 32), "mask": torch.ones(2, 9).bool()}}
+    text = {"clip-l": {"states": torch.randn(2, 9, 32), "mask": torch.arange(9) < torch.tensor([[3], [9]])}}
     results = []
     for model in unets:
         with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):

@@ -186,6 +186,12 @@ def test_truncated_while_it_is_open(tmp_path):
     assert len(store.verify().bad) > 0
     store.prune()
     assert store.verify().whole and len(store) < 40
+    for path, age in ((store.folder / ".old.partial", 700), (store.folder / "bad" / ".young.partial", 5)):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+        os.utime(path, (time.time() - age,) * 2)
+    store.prune()
+    assert [p.name for p in store.folder.rglob("*.partial")] == [".young.partial"]
 
 
 def test_every_flipped_bit_is_found(tmp_path):

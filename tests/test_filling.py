@@ -439,3 +439,33 @@ def test_on_a_gpu(tmp_path: Path, dtype: torch.dtype) -> None:
     assert report.done == 100 and report.encode_seconds > 0
     one, two = (entries(tmp_path / where, here, source, image_size=64) for where in ("gpu", "cpu"))
     torch.testing.assert_close(one, two, atol=2e-2, rtol=2e-2)
+
+
+def test_commands_name_what_is_wrong(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from difflit.cli import app
+
+    def run(*words) -> tuple[int, str]:
+        result = CliRunner().invoke(app, ["cache", *map(str, words)])
+        return result.exit_code, result.output
+
+    source, cache = FolderSource(album(tmp_path / "album")), tmp_path / "cache"
+    reports = [fill_latents(source, cache, Means(digest=d * 64), image_size=32) for d in "ab"]
+    assert run("verify", cache)[0] == 0
+    code, said = run("show", cache)
+    assert code == 0 and said.count("20 entries") == 2 and "orphans unknown" in said
+    rows = Path(reports[0].stores[0]) / "rows.bin"
+    os.truncate(rows, rows.stat().st_size // 2)
+    (Path(reports[1].stores[0]) / "recipe.json").write_text("{half")
+    code, said = run("verify", cache)
+    assert code == 1 and "bytes too short" in said and "recipe.json" in said, said
+    assert run("show", cache)[0] == 0
+    code, said = run("prune", cache, "-n")
+    assert "cannot be opened" in said and "damaged" in said and said.endswith("Nothing was removed.\n")
+    assert run("prune", cache, "--yes")[0] == 0
+    assert run("prune", cache, "--store", f"latents/{Path(reports[1].stores[0]).name}", "--yes")[0] == 0
+    assert run("verify", cache)[0] == 0
+    again = fill_latents(source, cache, Means(digest="a" * 64), image_size=32)
+    assert again.there + again.done == 20 and 5 <= again.there < 20
+    torch.testing.assert_close(entries(cache, Means(), source, image_size=32), seen(source, Means()), atol=2e-3, rtol=2e-3)

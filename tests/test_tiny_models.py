@@ -16,7 +16,7 @@ from difflit.text import clip_tokenizer
 
 @pytest.fixture(scope="module")
 def vae() -> AutoencoderKL:
-    return AutoencoderKL.from_pretrained(OUT / "vae", torch_dtype=torch.float32).eval()
+    return AutoencoderKL.from_pretrained(OUT / "vae").float().eval()
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_folder_is_small_and_names_its_parts() -> None:
 def test_vae_copies_held_out_scenes(vae: AutoencoderKL) -> None:
     scenes = pictures("validation", 128)
     quality = reconstruction(vae, scenes)
-    assert float(quality.mean()) > PSNR_MEAN and float(quality.min()) > PSNR_WORST, (float(quality.mean()), float(quality.min()))
+    assert float(quality.mean()) > 32.5 and float(quality.min()) > 25, (float(quality.mean()), float(quality.min()))
     source = ShapesSource(split="validation", image_size=64)
     latents = latents_of(vae, scenes)
     assert latents.shape[1:] == (4, 16, 16)
