@@ -167,15 +167,16 @@ def sample_command(
     atomic_write(folder / "grid.png", caption_grid(pictures, texts).png())
     typer.echo(f"{len(pictures)} pictures and grid.png in {folder}")
 
-# %% ../nbs/80_cli.ipynb #5c23ecf3
+# %% ../nbs/80_cli.ipynb #71fdf3cd
 @app.command("export")
 def export_command(
-    checkpoint: Annotated[str, typer.Argument(help="a run directory or a checkpoint of a GLIDE")],
-    out: Annotated[str, typer.Argument(help="the file: .pt for OpenAI's code and glide-finetune, or .safetensors")],
+    checkpoint: Annotated[str, typer.Argument(help="a run directory or a checkpoint")],
+    out: Annotated[str, typer.Argument(help="of a GLIDE a file: .pt for OpenAI's code, or .safetensors; of a latent model a folder in diffusers' format")],
     weights: Annotated[str, typer.Option(help="ema: the average; model: the live weights")] = "ema",
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16")] = "fp32",
+    format: Annotated[str, typer.Option(help="of a latent model: diffusers, or lora for its adapters alone")] = "diffusers",
 ) -> None:
-    "Write the weights of a run as one file."
+    "Write the weights of a run: one file of a GLIDE, a pipeline folder of a latent model."
     kinds = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
     if dtype not in kinds or weights not in ("ema", "model"):
         raise SettingsError(f"--dtype {dtype} --weights {weights}: there is fp32, fp16, bf16, and ema, model")
@@ -183,7 +184,12 @@ def export_command(
         raise SettingsError(f"{out} exists; give another name")
     import torch
 
+    from difflit.encoders import _card_of, export_latent
     from difflit.weights import load_glide, save_glide
+
+    if _card_of(checkpoint).get("family") == "latent":
+        typer.echo(f"{export_latent(checkpoint, out, weights=weights, dtype=dtype, format=format)}: {weights} weights of {checkpoint}")
+        return
 
     save_glide(load_glide(checkpoint, weights=weights), out, None if dtype == "fp32" else getattr(torch, kinds[dtype]))
     typer.echo(f"{out}: {Path(out).stat().st_size / 1e6:.1f} MB, {weights} weights of {checkpoint} in {dtype}")

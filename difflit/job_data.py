@@ -6,7 +6,7 @@
 __all__ = ['HELD_OUT', 'PREVIEWS', 'open_split', 'staged', 'read_prompts', 'fill_caches', 'cached_split', 'JobData',
            'sound_samples', 'open_data']
 
-# %% ../nbs/70_job_data.ipynb #d446ef05
+# %% ../nbs/70_job_data.ipynb #c324f1bb
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from .cached import CachedSource, SampleSet, TableSource, list_sets, make_set
 from .caching import Store, caption_keys
 from .config import CacheSettings, SettingsError, TrainSettings
 from .data import DataError, Sample, Source
-from .encoders import Encoders, find_store, latent_recipes, open_encoders, text_recipe
+from .encoders import Encoders, find_store, imported_suffix, latent_recipes, open_encoders, text_recipe
 from .filling import FillReport, fill_latents, fill_text, missing, variant_count
 from .loading import MixedSource, is_stream, open_source
 from .precision import choose_device
@@ -111,7 +111,7 @@ def _table(settings: CacheSettings, source: Source, split: str) -> SampleSet:
     "The table of a split: the one it came from, or the one that is made of it."
     return source.table if isinstance(source, TableSource) else make_set(settings.cache, source, settings.data, split)
 
-# %% ../nbs/70_job_data.ipynb #17d41b03
+# %% ../nbs/70_job_data.ipynb #5e9deb90
 def fill_caches(
     settings: CacheSettings,  # resolved
     encoders: Encoders | None = None,  # opened ones, where they are (None: the settings')
@@ -127,16 +127,28 @@ def fill_caches(
     for split, source in sources.items():
         table = _table(settings, source, split)
         captions += table.captions[: len(source)]
-        if pictures and not isinstance(source, TableSource):
+        if pictures and not isinstance(source, TableSource) and not imported_suffix(settings, "latents"):
             reports.append(_fill_pictures(settings, encoders, source, table, progress, forgive))
     captions += read_prompts(settings.prompts) if settings.prompts else []
     for name, outline in encoders.text.items() if text else ():
         recipe = text_recipe(settings, outline)
+        if imported_suffix(settings, "text"):
+            _add_empty(settings, recipe, encoders, name)
+            continue
         encoder = outline if _all_there(settings, recipe, captions) else encoders.loaded(name)
         how: dict[str, Any] = {"length": settings.text_length, "dtype": settings.cache_dtype, "progress": progress, "forgive": forgive}
         reports.append(fill_text(captions, settings.cache, encoder, **how))
     encoders.release()
     return reports
+
+
+def _add_empty(settings: CacheSettings, recipe: Any, encoders: Encoders, name: str) -> None:
+    "Other tools do not keep what an encoder says of no words, without which guidance cannot be trained."
+    store = find_store(settings.cache, recipe)
+    if store.find(caption_keys([""]))[0] < 0:
+        said = encoders.loaded(name).encode([""])
+        states = said["states"][0][said["mask"][0]] if recipe.ragged else said["states"][0]
+        store.append(caption_keys([""]), [states.cpu()] if recipe.ragged else states[None].cpu())
 
 
 def _all_there(settings: CacheSettings, recipe: Any, captions: list[str]) -> bool:

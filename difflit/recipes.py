@@ -8,7 +8,7 @@ __all__ = ['SCORERS', 'make_tokenizer', 'build_network', 'build_diffusion', 'tas
            'whole_pictures', 'job_pictures', 'preview_prompts', 'save_preview', 'save_job', 'validate', 'job_hooks',
            'train_job', 'scorer', 'score_shapes', 'score_digits', 'score_emoji', 'Judged', 'score_job']
 
-# %% ../nbs/71_recipes.ipynb #9570790c
+# %% ../nbs/71_recipes.ipynb #71909d95
 import json
 import logging
 import math
@@ -35,7 +35,7 @@ from .config import SettingsError, TrainSettings
 from .cached import CachedLoader, CachedSource, read_batch
 from .data import DataError, Sample, Source, caption_grid, collate, image_tensor, to_images
 from .diffusion import Diffusion
-from .encoders import CaptionReader, Encoders, is_latent, latent_network, open_encoders
+from .encoders import CaptionReader, Encoders, imported_suffix, is_latent, latent_network, open_encoders
 from .evaluation import alignment, digit_agreement, gallery_of, nearest_caption_agreement, restoration, share_score, train_digit_classifier
 from .files import atomic_write, read_json, require_room, write_json
 from .filling import FillReport
@@ -150,7 +150,7 @@ def build_diffusion(
     kept = {name: known[name] for name in ("timesteps", "betas") if same and known.get(name) is not None}
     return Diffusion(schedule, target, zero_terminal_snr=zero, time_sampling=settings.time_sampling, shift=shift, **kept)
 
-# %% ../nbs/71_recipes.ipynb #330916e1
+# %% ../nbs/71_recipes.ipynb #1d6cb2fd
 def task_name(
     settings: TrainSettings,  # resolved
     model: nn.Module,  # the network
@@ -191,8 +191,8 @@ def build_task(
     if encoders is not None:
         vae = encoders.autoencoder
         more |= {"scaling_factor": vae.scaling_factor, "shift_factor": vae.shift_factor, "channels": vae.channels}
-        more |= {"draw_moments": settings.latents == "moments",
-                 "offset_noise": settings.offset_noise, "input_perturbation": settings.input_perturbation}
+        more |= {"draw_moments": settings.latents == "moments" and not imported_suffix(settings, "latents"), "offset_noise": settings.offset_noise}
+        more["input_perturbation"] = settings.input_perturbation
     cache = None
     if encoders is None and text_is_frozen(model) and hasattr(model, "empty_text"):
         frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}

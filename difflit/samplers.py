@@ -228,7 +228,7 @@ def _even_times(diffusion:Diffusion, steps:int, spacing:str) -> Tensor:
         return (total - torch.arange(steps, dtype=torch.float64) * total / steps).round().long() - 1
     return torch.linspace(total - 1, 0, steps, dtype=torch.float64).round().long()
 
-# %% ../nbs/50_samplers.ipynb #97c76fd5
+# %% ../nbs/50_samplers.ipynb #6976b41c
 def guide(
     unconditional:Tensor, # answer without the text
     conditional:Tensor, # answer with it
@@ -246,7 +246,7 @@ def encode_condition(
     condition = dict(condition or {})
     if "tokens" in condition and "text" not in condition and hasattr(model, "encode_text"):
         condition["text"] = model.encode_text(condition.pop("tokens"), condition.pop("mask", None))
-    elif any("tokens" in said for said in (condition.get("text") or {}).values() if isinstance(said, Mapping)):  # encoders that learn with the network
+    elif isinstance(text := condition.get("text"), Mapping) and any(isinstance(said, Mapping) and "tokens" in said for said in text.values()):
         condition["text"] = model.encode_text(text=condition["text"])
     return condition
 

@@ -97,15 +97,17 @@ def test_papermill_understands_every_parameter():
     """What papermill cannot parse it calls unknown, and leaves out of --help-notebook: an equals sign in a comment is enough."""
     from papermill.translators import PythonTranslator
 
-    from difflit.config import TrainSettings, parameters_cell
+    from difflit.config import FillSettings, TrainSettings, parameters_cell
 
-    known = {parameter.name for parameter in PythonTranslator.inspect({"source": parameters_cell()})}
-    assert known == set(TrainSettings.model_fields)
+    for kind in (TrainSettings, FillSettings):
+        known = {parameter.name for parameter in PythonTranslator.inspect({"source": parameters_cell(kind)})}
+        assert known == set(kind.model_fields)
 
 
-def test_parameters_of_train_are_the_settings():
-    from difflit.config import parameters_cell
+@pytest.mark.parametrize("name, kind", [("train", "TrainSettings"), ("precompute", "FillSettings")])
+def test_parameters_of_run_notebooks_are_the_settings(name, kind):
+    from difflit import config
 
-    train = ROOT / "nbs" / "train.ipynb"
-    cell = next(c for c in cells(train) if "parameters" in c["metadata"].get("tags", []))
-    assert source(cell) == parameters_cell(), "regenerate the parameters cell: difflit.config.parameters_cell()"
+    cell = next(c for c in cells(ROOT / "nbs" / f"{name}.ipynb") if "parameters" in c["metadata"].get("tags", []))
+    made = config.parameters_cell(getattr(config, kind))
+    assert source(cell) == made, f"regenerate the parameters cell: difflit.config.parameters_cell({kind})"

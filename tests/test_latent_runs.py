@@ -179,6 +179,27 @@ def test_an_edited_picture_is_computed_again_and_only_that(tmp_path, pictures):
         prepare(open_run({**SMALL, **{k: str(v) for k, v in given.items() if v is not None}, "run_dir": str(tmp_path / "run"), "resume": "auto"}))
 
 
+def test_caches_of_other_tools(tmp_path, pictures):
+    """What lies beside the pictures is imported and trained on; nothing is encoded but the empty caption."""
+    from typer.testing import CliRunner
+
+    from difflit.cli import app
+
+    given = {"data": pictures, "limit": None, "batch_size": 4, "steps": 2}
+    own = trained(tmp_path / "own", cache=tmp_path / "cache", **given)
+    latents, text = own.data.train.latents[0].folder, next(iter(own.data.train.text.values())).folder
+    ask = CliRunner().invoke
+    for words in (["export", str(latents), str(pictures), ".img_sdxl"], ["export", str(text), str(pictures), ".txt_clipl"],
+                  ["import", str(pictures), str(tmp_path / "new"), "--suffix", ".img_sdxl", "--vae", "tiny", "--image-size", "32", "--factor", "1", "--any-age"],
+                  ["import", str(pictures), str(tmp_path / "new"), "--suffix", ".txt_clipl", "--text-encoder", "tiny", "--any-age"]):
+        done = ask(app, ["cache", *words])
+        assert done.exit_code == 0, f"{words}: {done.output} {done.exception}"
+    job = trained(tmp_path / "theirs", cache=tmp_path / "new", imported=".img_sdxl,.txt_clipl", **given)
+    assert not job.filled and not job.task.draw_moments
+    mean = own.data.train.latents[0].read(own.data.train.rows[:, 0])[:, :4].float()
+    assert torch.allclose(job.data.train.latents[0].read(job.data.train.rows[:, 0]).float(), mean, atol=2e-3)
+
+
 def refused(match, kind=(SettingsError, DataError, CacheError), **given):
     with pytest.raises(kind, match=match):
         prepare(open_run({**SMALL, **{k: str(v) if hasattr(v, "joinpath") else v for k, v in given.items()}}))
