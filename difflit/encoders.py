@@ -59,7 +59,7 @@ def encoder_names(
         raise SettingsError(f"a latent run needs {lacking}: a name that `difflit pull` knows, a folder or a file; init_from names a pipeline that has both")
     return vae, text
 
-# %% ../nbs/38_encoders.ipynb #286ba5ce
+# %% ../nbs/38_encoders.ipynb #ef4dd795
 class Encoders:
     "An autoencoder and text encoders; the weights of the latter are read when they are needed."
 
@@ -72,11 +72,13 @@ class Encoders:
         text_length: int | None = None,  # most tokens of a caption (None: the encoder's own)
         device: str | torch.device = "cpu",  # where they compute
         text_precision: str = "fp32",  # of the text encoders' weights
+        tiling: bool = False,  # the autoencoder works on overlapping tiles of large pictures
+        slicing: bool = False,  # it works on one picture of a batch at a time
     ):
         "Raises `SettingsError` that says what is missing and how to get it."
         self.where, self.device, self.text_precision = {"vae": vae, "text": list(text)}, torch.device(device), text_precision
         self._options: dict[str, Any] = {"skip": clip_skip or None, "length": text_length}
-        self.autoencoder: Autoencoder = load_autoencoder(vae, device=self.device)
+        self.autoencoder: Autoencoder = load_autoencoder(vae, device=self.device).tiling(tiling).slicing(slicing)
         outlines = [load_text_encoder(name, weights=False, **self._options) for name in text]
         self.text: dict[str, TextEncoder] = {outline.name: outline for outline in outlines}
         if len(self.text) < len(text):
@@ -108,7 +110,7 @@ class Encoders:
         return {"autoencoder": {"where": self.where["vae"], "digest": vae.digest, **numbers},
                 "text_encoders": {name: {"where": self._found[name], "digest": e.digest, "length": e.length, "skip": e.skip} for name, e in text.items()}}
 
-
+# %% ../nbs/38_encoders.ipynb #baa1a778
 def open_encoders(
     settings: CacheSettings,  # resolved
     device: str | torch.device = "cpu",  # where they compute
@@ -117,7 +119,8 @@ def open_encoders(
     vae, text = encoder_names(settings)
     auto = "bf16" if torch.device(device).type == "cuda" else "fp32"
     precision = auto if settings.fill_precision == "auto" else settings.fill_precision
-    return Encoders(vae, text, clip_skip=settings.clip_skip, text_length=settings.text_length, device=device, text_precision=precision)
+    memory = {"tiling": settings.vae_tiling, "slicing": settings.vae_slicing}
+    return Encoders(vae, text, clip_skip=settings.clip_skip, text_length=settings.text_length, device=device, text_precision=precision, **memory)
 
 # %% ../nbs/38_encoders.ipynb #4fc4cbd8
 def imported_suffix(

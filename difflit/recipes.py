@@ -247,7 +247,7 @@ def count_steps(
         raise SettingsError("a stream does not know how long an epoch is: give steps instead of epochs")
     return settings.steps if settings.steps is not None else max(1, math.ceil(settings.epochs * samples / settings.batch_size))  # type: ignore[operator]
 
-# %% ../nbs/71_recipes.ipynb #cee52026
+# %% ../nbs/71_recipes.ipynb #e60960b4
 def _intervals(settings: TrainSettings, steps: int) -> dict[str, int]:
     "Steps between validation, samples and checkpoints."
     given = {"validate": settings.validate_every_steps, "sample": settings.sample_every_steps, "checkpoint": settings.checkpoint_every_steps}
@@ -277,7 +277,7 @@ def _make_state(settings: TrainSettings, model: nn.Module) -> TrainState:
     if isinstance(model, LatentDenoiser):
         state.measure = lambda network: {"qk_grads_av": found} if (found := qk_gradients(network)) is not None else {}
     if settings.compile:
-        state.wrapped = torch.compile(state.network)  # type: ignore[assignment]
+        state.wrapped = torch.compile(state.network, mode=settings.compile_mode)  # type: ignore[assignment]
     return state
 
 # %% ../nbs/71_recipes.ipynb #2510ba46

@@ -1,6 +1,7 @@
 """Latent runs from end to end: caches filled and found again, exact resume, other encoders, adapters, and what is refused."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -190,7 +191,8 @@ def test_caches_of_other_tools(tmp_path, pictures):
     latents, text = own.data.train.latents[0].folder, next(iter(own.data.train.text.values())).folder
     ask = CliRunner().invoke
     for words in (["export", str(latents), str(pictures), ".img_sdxl"], ["export", str(text), str(pictures), ".txt_clipl"],
-                  ["import", str(pictures), str(tmp_path / "new"), "--suffix", ".img_sdxl", "--vae", "tiny", "--image-size", "32", "--factor", "1", "--any-age"],
+                  ["import", str(pictures), str(tmp_path / "new"), "--suffix", ".img_sdxl", "--vae", "tiny", "--image-size", "32", "--factor", "1",
+                   "--any-age"],
                   ["import", str(pictures), str(tmp_path / "new"), "--suffix", ".txt_clipl", "--text-encoder", "tiny", "--any-age"]):
         done = ask(app, ["cache", *words])
         assert done.exit_code == 0, f"{words}: {done.output} {done.exception}"
@@ -226,6 +228,20 @@ def test_a_truncated_cache_is_named(tmp_path, cache):
     rows = max(copy.glob("latents/*/rows*.bin"), key=lambda p: p.stat().st_size)
     rows.write_bytes(rows.read_bytes()[:-100])
     refused(re.escape(rows.name), cache=copy, run_dir=tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["train_sd.sh", "train_t5.sh"])
+def test_launchers(tmp_path, models, name):
+    """The launcher as it is shipped, made small by options; started again it goes on where it was."""
+    bin = twins.Path(sys.executable).parent
+    small = {**SMALL, "cache": tmp_path / "cache", "accumulate": 1, "vae": "tiny", "init_from": "scratch", "steps": 2}
+    small["text_encoder"] = models / "t5" if "t5" in name else "tiny"
+    options = [word for key, value in small.items() for word in ("-p", f"{key}={value}")]
+    for steps, said in ((2, "step 2 of 2"), (4, "step 4 of 4")):
+        done = subprocess.run(["bash", str(twins.Path(__file__).parent.parent / "hpc" / name), *options, "-p", f"steps={steps}"], capture_output=True,
+                              text=True, timeout=600, cwd=tmp_path, env={**os.environ, "PATH": f"{bin}:{os.environ['PATH']}", "RUN": str(tmp_path / "run")})
+        assert done.returncode == 0 and said in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
+    assert (tmp_path / "run" / "report.1.ipynb").exists()
 
 
 def test_precompute_notebook(tmp_path):

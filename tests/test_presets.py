@@ -13,6 +13,7 @@ PROMISES = {
     "emoji": {"nearest.agreement": 0.95},
     "glide-base-tiny": {"alignment.colour": 0.95, "alignment.position": 0.95, "alignment.shape": 0.70},
     "glide-inpaint-tiny": {"restoration.gain": 3.0},
+    "latent-tiny": {"alignment.colour": 0.97, "alignment.background": 0.97, "alignment.position": 0.97, "alignment.shape": 0.85},
     "glide-upsample-tiny": {"restoration.gain": 3.0, "alignment.colour": 0.95},
 }
 
