@@ -151,11 +151,11 @@ class FillSettings(CacheSettings):
 
     preset: str = Field("latent-tiny", description="a named recipe of settings; `difflit presets` lists them")
 
-# %% ../nbs/00_config.ipynb #1e4da45d
+# %% ../nbs/00_config.ipynb #4af0935c
 class ModelSettings(CacheSettings):
     "The network and the diffusion it learns."
 
-    model: str = Field("tiny", description="a network by name: tiny, base, upsample, …, clip-tiny; latent-tiny, sd15, or a folder with a UNet's config.json")
+    model: str = Field("tiny", description="a network by name: tiny, base, upsample, …, clip-tiny; latent-tiny, sd15, or a UNet's folder by path, as ./unet")
     task: str = Field("auto", description="what a step computes; auto: what the network's inputs ask for")
     channels: int | None = Field(None, ge=32, multiple_of=32, description="width of the UNet (None: the model's own)")
     dropout: float | None = Field(None, ge=0, lt=1, description="inside residual blocks (None: the model's own)")
@@ -190,7 +190,7 @@ class ModelSettings(CacheSettings):
             raise ValueError("target=eps says nothing about the image at zero signal; with zero_terminal_snr use target=v or x0")
         return self
 
-# %% ../nbs/00_config.ipynb #58137b62
+# %% ../nbs/00_config.ipynb #3c18a8a6
 class TrainSettings(ModelSettings):
     "All settings of `nbs/train.ipynb`."
 
@@ -200,7 +200,7 @@ class TrainSettings(ModelSettings):
     accumulate: int = Field(1, ge=1, description="micro-batches per weight update on each device")
     lr: float = Field(2e-3, gt=0, lt=10, description="peak learning rate")
     train_parts: str = Field("all", description="what trains, the rest is frozen: all, unet, text, attention, cross, … or name patterns; -part takes away")
-    lr_scales: str = Field("text=0.1,transformer_proj=1", description="factors on the learning rate, a part and its factor each, comma between")
+    lr_scales: str = Field("auto", description="factors on the learning rate by part, comma between; auto: a tenth for a GLIDE's text tower")
     reinit: str | None = Field(None, description="parts or name patterns that start from fresh weights although init_from is given")
     text_cache_mb: int = Field(512, ge=0, description="memory for what a frozen text tower says, 10⁶ bytes; 0: ask it every time")
     warmup_steps: int | None = Field(None, ge=0, description="steps of rising learning rate (None: a tenth of all)")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['draw', 'Pipeline', 'load_pipeline', 'clip_steering', 'mask_tensor', 'shown_to', 'generate']
 
-# %% ../nbs/51_generation.ipynb #3f9ebb6d
+# %% ../nbs/51_generation.ipynb #dab08a56
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .config import SettingsError
+from .config import SettingsError, nearest
 from .data import image_tensor, square
 from .diffusion import Diffusion
-from .encoders import CaptionReader, Encoders
+from .encoders import CaptionReader, encoders_of, ready_encoders
 from .latent import LatentDenoiser
 from .models import load_model, model_folder
-from .pipelines import MODELS, load_parts
+from .pipelines import MODELS, find_model, load_parts
 from .perception import Clip, clean_clip_gradient, clip_gradient
 from .precision import choose_device, choose_precision
 from .samplers import Denoise, Steered, get_sampler, sample
@@ -106,44 +106,47 @@ class Pipeline:
         config = getattr(self.model, "config", None)
         return {name for name, flag in (("low_res", "super_resolution"), ("inpaint", "inpaint")) if getattr(config, flag, False)}
 
-# %% ../nbs/51_generation.ipynb #148d8909
+# %% ../nbs/51_generation.ipynb #82bd7bd4
 def _is_diffusers(path: str | Path) -> bool:
-    "Whether a pipeline of diffusers is meant: a folder, a single file, or a name that `difflit pull` knows."
+    "Whether a pipeline of diffusers is meant: a folder, a single file, or a name that `difflit pull` knows. Raises `SettingsError` for a damaged file."
     place = Path(path)
     if place.is_dir():
         return (place / "model_index.json").is_file()
     if place.is_file():
         if place.suffix != ".safetensors":
             return False
-        with safe_open(place, "pt") as file:
-            return any(name.startswith("model.diffusion_model.") for name in file.keys())
-    return str(path) not in OFFICIAL and str(path).split("/")[0] in (*MODELS, "tiny")
+        try:
+            with safe_open(place, "pt") as file:
+                return any(name.startswith("model.diffusion_model.") for name in file.keys())
+        except SafetensorError as error:
+            raise SettingsError(f"{path} is damaged ({place.stat().st_size} bytes): {error}; fetch or copy it again") from None
+    if str(path) in OFFICIAL or str(path).split("/")[0] in (*MODELS, "tiny"):
+        return str(path) not in OFFICIAL
+    try:
+        return (find_model(path) / "model_index.json").is_file()  # owner/name, or in a folder of models
+    except SettingsError:
+        return False
 
 
 def _diffusers_pipeline(path: str | Path, device: torch.device) -> Pipeline:
     "What lies in Stable Diffusion's format, as a pipeline."
     parts = load_parts(path, device=device)
     assert parts.autoencoder is not None
-    encoders = Encoders.of(parts.autoencoder, parts.encoders, device)
+    encoders = ready_encoders(parts.autoencoder, parts.encoders, device)
     model, diffusion = parts.denoiser().to(device).eval(), Diffusion(**(parts.diffusion or {}))
     side = int(model.unet.config["sample_size"]) * encoders.autoencoder.factor
-    sampling = {"sampler": "ddim", "steps": 50, "spacing": "trailing", "guidance": 7.5}
+    sampling = parts.sampling or {"sampler": "ddim", "steps": 50, "spacing": "trailing", "guidance": 7.5}
     return Pipeline(model.to(memory_format=torch.channels_last), diffusion, CaptionReader(encoders), side, sampling, autoencoder=encoders.autoencoder)
 
 
 def _latent_pipeline(path: str, model: LatentDenoiser, card: Mapping[str, Any], device: torch.device) -> Pipeline:
     "A run's network with the encoders that it names. Raises `SettingsError` if one of them is another than it was trained with."
-    said = card["text_encoders"]
-    encoders = Encoders(card["autoencoder"]["where"], [entry["where"] for entry in said.values()], device=device)
-    for what, now, then in [("autoencoder", encoders.autoencoder, card["autoencoder"]), *(("text encoder", encoders.text.get(n), e) for n, e in said.items())]:
-        if now is None or now.digest != then["digest"]:
-            raise SettingsError(f"{path} was trained with {what} {then['where']} of digest {then['digest'][:12]}; what is found under that name here is "
-                                f"{'another encoder' if now is None else now.digest[:12]}")
+    encoders = encoders_of(card, path, device)
     reader = CaptionReader(encoders, training=list(model.config.trained_encoders))
     return Pipeline(model.to(memory_format=torch.channels_last), Diffusion(**card["diffusion"]), reader, int(card["image_size"]), card.get("sampling", {}),
                     autoencoder=encoders.autoencoder)
 
-# %% ../nbs/51_generation.ipynb #71e35783
+# %% ../nbs/51_generation.ipynb #3014fbb7
 def _official_sampling(upsamples: bool, inpaints: bool) -> dict[str, Any]:
     "How OpenAI's notebooks sample."
     if upsamples:
@@ -160,6 +163,9 @@ def load_pipeline(
     where = choose_device(device)
     if _is_diffusers(path):
         return _diffusers_pipeline(path, where)
+    if not Path(path).exists() and str(path) not in OFFICIAL:
+        hint = nearest(Path(path).name, [*OFFICIAL, "sd15", "tiny"])
+        raise SettingsError(f"{path} holds no model: there is no such run, checkpoint or file, and no model of that name{hint}")
     if Path(path).is_dir() or not (Path(path).is_file() or str(path) in OFFICIAL):
         model, card = load_model(path, device=where)
         if isinstance(model, LatentDenoiser):

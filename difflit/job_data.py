@@ -6,9 +6,11 @@
 __all__ = ['HELD_OUT', 'PREVIEWS', 'open_split', 'staged', 'read_prompts', 'fill_caches', 'cached_split', 'JobData',
            'sound_samples', 'open_data']
 
-# %% ../nbs/70_job_data.ipynb #c324f1bb
+# %% ../nbs/70_job_data.ipynb #f18d247b
 import logging
-from collections.abc import Iterable, Iterator
+import re
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,8 +18,8 @@ from typing import Any
 
 from PIL import Image
 
-from .cached import CachedSource, SampleSet, TableSource, list_sets, make_set
-from .caching import Store, caption_keys
+from .cached import CachedSource, SampleSet, TableSource, list_sets, make_set, note_captions, renew_set
+from .caching import CacheError, Store, caption_keys
 from .config import CacheSettings, SettingsError, TrainSettings
 from .data import DataError, Sample, Source
 from .encoders import Encoders, find_store, imported_suffix, latent_recipes, open_encoders, text_recipe
@@ -65,21 +67,53 @@ def staged(
         part.index.read_from(stage([shard.path for shard in part.index.shards], folder).paths)
     return source
 
-# %% ../nbs/70_job_data.ipynb #e6cba5ae
-def _find_set(settings: CacheSettings, split: str) -> SampleSet:
-    "The newest table of a split in a cache. Raises `DataError` that lists what there is."
-    name = settings.data.partition(":")[2]
-    tables = list_sets(settings.cache) if Path(settings.cache).is_dir() else []
-    found = [t for t in tables if t.about["split"] == split and name in ("", t.about["data"])]
-    called = sorted({t.about["data"] for t in found})
-    listed = "; ".join(str(t) for t in tables) or "nothing"
+# %% ../nbs/70_job_data.ipynb #3be906c3
+def _named(data: str) -> tuple[str, str]:
+    "What `cache:NAME@DIGEST` says: a name and how a digest begins, either may be empty."
+    name, digest = data.partition(":")[2], ""
+    if chosen := re.fullmatch(r"(.*)@([0-9a-f]{4,64})", name):
+        name, digest = chosen.groups()
+    return name, digest
+
+
+def _used(table: SampleSet) -> str:
+    "A table, and when it was used."
+    return f"{table}, used {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(table.used))}"
+
+
+def _tables_of(settings: CacheSettings, tables: Sequence[SampleSet], split: str) -> list[SampleSet]:
+    "Tables of a split that `data` can mean, the one used last first. Raises `DataError` that lists what there is."
+    name, digest = _named(settings.data)
+    named = [t for t in tables if name in ("", t.about["data"])]
+    if digest and not any(t.about["digest"].startswith(digest) for t in named if t.about["split"] == "train"):
+        named = []
+    found = [t for t in named if t.about["split"] == split and (split != "train" or t.about["digest"].startswith(digest))]
+    listed = "; ".join(_used(t) for t in tables) or "nothing"
     if not found:
-        raise DataError(f"data={settings.data!r}: cache {settings.cache} holds no {split} set{f' of {name}' if name else ''}; it holds {listed}")
-    if len(called) > 1:
+        of = (f" of {name}" if name else "") + (f" with a digest that begins with {digest}" if digest else "")
+        raise DataError(f"data={settings.data!r}: cache {settings.cache} holds no {split} set{of}; it holds {listed}")
+    called = sorted({t.about["data"] for t in found})
+    if len(called) > 1 and not digest:
         raise DataError(f"data={settings.data!r}: cache {settings.cache} holds several sets; say which, as data=cache:{called[0]}; it holds {listed}")
+    return found
+
+
+def _find_set(settings: CacheSettings, split: str) -> SampleSet:
+    "The table of a split that was used last. Raises `DataError` that lists what there is."
+    tables = list_sets(settings.cache) if Path(settings.cache).is_dir() else []
+    found = _tables_of(settings, tables, split)
+    if split != "train":
+        leader = _tables_of(settings, tables, "train")[0].about
+        beside = [t for t in found if leader["digest"] in t.about.get("beside", ())]
+        return (beside or [t for t in found if t.about["data"] == leader["data"]] or found)[0]
+    if len(found) > 1:
+        others = "".join(f"\n  {_used(t)}" for t in found[1:])
+        pick = f"data=cache:{found[1].about['data']}@{found[1].about['digest'][:12]}"
+        text = "data=%r: cache %s holds %d states of these data; the one used last is taken: %s. The others (%s takes the first of them):%s"
+        logging.getLogger("difflit").warning(text, settings.data, settings.cache, len(found), _used(found[0]), pick, others)
     return found[0]
 
-# %% ../nbs/70_job_data.ipynb #aa875bbe
+# %% ../nbs/70_job_data.ipynb #7dc1a471
 def read_prompts(
     path: str | Path,  # a text file
 ) -> list[str]:  # its lines, without blank ones
@@ -107,11 +141,20 @@ def _splits(settings: CacheSettings) -> dict[str, Source]:
     return found | ({"validation": held} if len(held) else {})
 
 
-def _table(settings: CacheSettings, source: Source, split: str) -> SampleSet:
-    "The table of a split: the one it came from, or the one that is made of it."
-    return source.table if isinstance(source, TableSource) else make_set(settings.cache, source, settings.data, split)
+def _table(settings: CacheSettings, source: Source, split: str, beside: str = "") -> SampleSet:
+    "The table of a split: the one it came from, or the one that is made of it. It is used now."
+    if isinstance(source, TableSource):
+        return renew_set(source.table)
+    how = {"limit": settings.limit if split == "train" else None, "select": settings.select, "unique": settings.unique, "seed": settings.seed}
+    return make_set(settings.cache, source, settings.data, split, how, beside)
 
-# %% ../nbs/70_job_data.ipynb #5e9deb90
+
+def _tables(settings: CacheSettings, sources: dict[str, Source]) -> dict[str, SampleSet]:
+    "The tables of splits; those of held-out samples remember the training samples that they were used with."
+    train = _table(settings, sources["train"], "train")
+    return {split: train if split == "train" else _table(settings, source, split, train.about["digest"]) for split, source in sources.items()}
+
+# %% ../nbs/70_job_data.ipynb #776baa71
 def fill_caches(
     settings: CacheSettings,  # resolved
     encoders: Encoders | None = None,  # opened ones, where they are (None: the settings')
@@ -123,21 +166,24 @@ def fill_caches(
     "Compute what the caches of a run lack. Raises `SettingsError`, `DataError`, `CacheError`."
     sources = _splits(settings)
     encoders = encoders or open_encoders(settings, choose_device(settings.device))
-    reports, captions = [], list[str]()
+    reports, captions, tables = [], list[str](), _tables(settings, sources)
     for split, source in sources.items():
-        table = _table(settings, source, split)
+        table = tables[split]
         captions += table.captions[: len(source)]
         if pictures and not isinstance(source, TableSource) and not imported_suffix(settings, "latents"):
             reports.append(_fill_pictures(settings, encoders, source, table, progress, forgive))
-    captions += read_prompts(settings.prompts) if settings.prompts else []
+    if settings.prompts and text:
+        captions += note_captions(settings.cache, read_prompts(settings.prompts), str(settings.prompts)).captions
     for name, outline in encoders.text.items() if text else ():
+        if name in encoders.inside:  # the network reads for itself
+            continue
         recipe = text_recipe(settings, outline)
         if imported_suffix(settings, "text"):
             _add_empty(settings, recipe, encoders, name)
             continue
         encoder = outline if _all_there(settings, recipe, captions) else encoders.loaded(name)
-        how: dict[str, Any] = {"length": settings.text_length, "dtype": settings.cache_dtype, "progress": progress, "forgive": forgive}
-        reports.append(fill_text(captions, settings.cache, encoder, **how))
+        how: dict[str, Any] = {"length": outline.length, "dtype": settings.cache_dtype, "computed": recipe.settings.get("computed", "")}
+        reports.append(fill_text(captions, settings.cache, encoder, **how, progress=progress, forgive=forgive))
     encoders.release()
     return reports
 
@@ -167,7 +213,7 @@ def _fill_pictures(settings: CacheSettings, encoders: Encoders, source: Source, 
                         decoder=settings.decoder, autocast=precision, keys=table.keys[: len(source)], bad_samples=settings.bad_samples, forgive=forgive,
                         progress=progress)
 
-# %% ../nbs/70_job_data.ipynb #262d2bd5
+# %% ../nbs/70_job_data.ipynb #627433b7
 def cached_split(
     settings: CacheSettings,  # resolved
     encoders: Encoders,  # whose stores are read
@@ -177,17 +223,21 @@ def cached_split(
     "Join a split with its stores. Raises `CacheError` if something was never computed."
     table = _table(settings, source, split)
     recipes = latent_recipes(settings, encoders.autoencoder)
-    latents = [find_store(settings.cache, recipe) for recipe in recipes if not settings.buckets or _exists(settings, recipe)]
-    learning = isinstance(settings, TrainSettings) and settings.train_text
-    text: dict[str, Store] = {} if learning else {name: find_store(settings.cache, text_recipe(settings, e)) for name, e in encoders.text.items()}
+    held = [_found(settings, recipe) for recipe in recipes] if settings.buckets else []
+    latents = [store for store in held if store is not None] or [find_store(settings.cache, recipes[0])]
+    text = {name: find_store(settings.cache, text_recipe(settings, e)) for name, e in encoders.text.items() if name not in encoders.inside}
     vae = encoders.autoencoder
     return CachedSource(source, latents, text, keys=table.keys[: len(source)], variants=variant_count(settings.variants, settings.flip),
+                        buckets=[tuple(r.settings["image_size"]) for r in recipes] if settings.buckets else (),
                         decode=lambda moments: vae.decode(vae.latents_of(moments)))
 
 
-def _exists(settings: CacheSettings, recipe: Any) -> bool:
-    "Whether the cache has a store; of many shapes, some may have no picture."
-    return (Path(settings.cache) / recipe.folder / "recipe.json").exists()
+def _found(settings: CacheSettings, recipe: Any) -> Store | None:
+    "A store, if the cache has it; of many shapes, some may have no picture."
+    try:
+        return find_store(settings.cache, recipe)
+    except CacheError:
+        return None  # if a picture belongs to it, that is said when source and stores are joined
 
 
 @dataclass

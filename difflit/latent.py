@@ -6,7 +6,7 @@
 __all__ = ['UNETS', 'PROJECTIONS', 'latents_of', 'Autoencoder', 'moments_recipe', 'require_numbers', 'TextEncoder',
            'states_recipe', 'encoder_entry', 'encoder_card', 'build_encoder', 'text_condition', 'unet_config',
            'LatentConfig', 'Mlp', 'text_projection', 'adapt_text', 'fold_projection', 'LatentDenoiser',
-           'latent_denoiser', 'create_latent', 'diffusion_of', 'scheduler_config']
+           'latent_denoiser', 'create_latent', 'unused_parameters', 'diffusion_of', 'scheduler_config']
 
 # %% ../nbs/32_latent.ipynb #31a21c5c
 import json
@@ -255,7 +255,7 @@ def _tokenize(encoder: TextEncoder, captions: Sequence[str], length: int | None)
     lengths = torch.tensor([len(row) if encoder.ragged else columns for row in rows], dtype=torch.int64)
     return {"tokens": tokens, "mask": torch.arange(columns) < lengths[:, None]}
 
-# %% ../nbs/32_latent.ipynb #645d0e6c
+# %% ../nbs/32_latent.ipynb #2d752603
 def states_recipe(
     encoder: TextEncoder,  # whose states shall be stored
     length: int | None = None,  # the most tokens of a caption; None: the encoder's
@@ -290,7 +290,7 @@ def encoder_card(
     config = json.loads(encoder.model.config.to_json_string(use_diff=False))  # type: ignore[operator, union-attr]
     return {"kind": kind, "config": config, "length": encoder.length, "skip": encoder.skip, "norm": encoder.norm}
 
-
+# %% ../nbs/32_latent.ipynb #95663b5a
 def build_encoder(
     card: Mapping[str, Any],  # what `encoder_card` gave, perhaps through JSON
     name: str = "text",  # what batches call it
@@ -300,7 +300,19 @@ def build_encoder(
         raise SettingsError(f"there is no text encoder of kind {card.get('kind')!r}{nearest(str(card.get('kind')), _TEXT_MODELS)}")
     config, model = _TEXT_MODELS[card["kind"]]
     options = {key: card.get(key) for key in ("length", "skip", "norm")}
-    return TextEncoder(model(config.from_dict(dict(card["config"]))), None, name, digest="random", **options)
+    encoder = TextEncoder(model(config.from_dict(dict(card["config"]))), None, name, digest="random", **options)
+    for parameter, value in encoder.model.named_parameters():
+        value.requires_grad_(not parameter.startswith(_unread(encoder)))
+    return encoder
+
+
+def _unread(encoder: TextEncoder) -> tuple[str, ...]:
+    "How the names of parameters begin that its states do not depend on: layers left out, a norm passed by, what makes the pooled vector."
+    root, layers = ("encoder.", "block") if encoder.ragged else ("text_model.encoder." if encoder.pooled else "encoder.", "layers")
+    count = _measures(encoder.model)[2]
+    left_out = [f"{root}{layers}.{layer}." for layer in range(count - encoder.skip, count)]
+    norm = "encoder.final_layer_norm." if encoder.ragged else root.replace("encoder.", "final_layer_norm.")
+    return (*left_out, "text_projection.", *([norm] if encoder.skip and not encoder.norm else []))
 
 
 def text_condition(
@@ -620,6 +632,15 @@ def create_latent(
     width = unet.config["cross_attention_dim"]
     usual: Mapping[str, Any] = {"clip-l" if width == 768 else "clip": {"width": width, "length": 77, "masked": False}}
     return latent_denoiser(unet, usual if encoders is None else encoders, projection, seed, train).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+# %% ../nbs/32_latent.ipynb #95d1c956
+def unused_parameters(
+    model: LatentDenoiser,  # perhaps with encoders that train
+) -> set[str]:  # names of parameters, as `named_parameters` has them
+    "What the network's answer does not depend on: it gets no gradients and should stay frozen."
+    encoders: list[tuple[str, Any]] = list(model.encoders.items())
+    begin = tuple(f"encoders.{name}.model.{start}" for name, encoder in encoders for start in _unread(encoder))
+    return {name for name, _ in model.named_parameters() if name.startswith(begin)}
 
 # %% ../nbs/32_latent.ipynb #dbf00935
 _BETAS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}

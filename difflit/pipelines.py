@@ -6,7 +6,7 @@
 __all__ = ['MODELS', 'PARTS', 'find_model', 'wanted_files', 'pull', 'component_files', 'component_digest', 'load_autoencoder',
            'load_unet', 'load_text_encoder', 'OpenClipText', 'load_open_clip', 'Parts', 'load_parts', 'save_pipeline']
 
-# %% ../nbs/34_pipelines.ipynb #aa60bff4
+# %% ../nbs/34_pipelines.ipynb #304e86d1
 import hashlib
 import json
 import logging
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
@@ -385,11 +386,14 @@ def load_autoencoder(
     require_numbers(coder, "you", scaling_factor=scaling_factor, shift_factor=shift_factor)
     return coder
 
-# %% ../nbs/34_pipelines.ipynb #fc60bd32
+# %% ../nbs/34_pipelines.ipynb #ba550d02
 _SD_VAE = {"in_channels": 3, "out_channels": 3, "latent_channels": 4, "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "norm_num_groups": 32,
            "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4, "sample_size": 512, "act_fn": "silu"}
 _CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "max_position_embeddings": 77,
            "vocab_size": 49408, "projection_dim": 768, "hidden_act": "quick_gelu", "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 1}
+
+
+_AGAIN = "The file is damaged or of another architecture: fetch or convert it again, or put its own configuration beside it"
 
 
 def _beside(path: Path, which: str) -> dict[str, Any] | None:
@@ -405,9 +409,11 @@ def _from_single_file(kind: Any, path: Path, config: Mapping[str, Any], dtype: t
     with tempfile.TemporaryDirectory() as folder, _quiet():
         write_json(Path(folder) / "config.json", {"_class_name": kind.__name__, **config})
         try:
-            model = kind.from_single_file(str(path), config=folder, local_files_only=True, torch_dtype=dtype, low_cpu_mem_usage=False, disable_mmap=False)
-        except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
-            raise SettingsError(f"{path} does not load as {kind.__name__}: {' '.join(str(error).split())[:300]}") from None
+            model = kind.from_single_file(str(path), config=folder, local_files_only=True, torch_dtype=dtype, low_cpu_mem_usage=True, disable_mmap=False)
+        except (SingleFileComponentError, OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            raise SettingsError(f"{path} does not load as {kind.__name__}: {' '.join(str(error).split())[:300]}. {_AGAIN}") from None
+    if lacking := [name for name, value in model.state_dict().items() if value.is_meta]:  # they stay without numbers, and nobody else tells
+        raise SettingsError(f"{path} does not load as {kind.__name__}: {len(lacking)} tensors are missing ({', '.join(lacking[:3])}). {_AGAIN}")
     return model.eval()
 
 
@@ -495,7 +501,7 @@ def _outline(kind: Any, folder: Path) -> nn.Module:
     with _quiet(), torch.device("meta"):
         return kind(kind.config_class.from_pretrained(str(folder), local_files_only=True)).eval()
 
-# %% ../nbs/34_pipelines.ipynb #eb0204de
+# %% ../nbs/34_pipelines.ipynb #231a05d2
 def load_text_encoder(
     name: str | Path,  # as `find_model` takes it: an encoder, a pipeline with one; or "open_clip:ViT-bigG-14"
     dtype: str = "fp32",  # that it computes in: fp32, bf16 or fp16
@@ -513,7 +519,7 @@ def load_text_encoder(
         return load_open_clip(str(name), dtype, device, called=called, weights=weights, **options)
     path = find_model(name)
     if path.is_file():
-        raise SettingsError(f"{path} is a single file: a text encoder needs its config.json and tokenizer too; put the three into one folder")
+        return _single_text(path, dtype, device, called, **options)
     folder = _component(path, "text_encoder")
     config = read_json(folder / "config.json")
     by_type = {"clip": "CLIPModel", "clip_text_model": "CLIPTextModel", "t5": "T5EncoderModel"}
@@ -634,7 +640,7 @@ def _open_clip_repository(architecture: str) -> str:
             return hub.rstrip("/")
     raise SettingsError(f"open_clip knows no weights of {architecture} on the hub: give a file, open_clip:{architecture}:path/to.safetensors")
 
-# %% ../nbs/34_pipelines.ipynb #8c73f093
+# %% ../nbs/34_pipelines.ipynb #5e8060cb
 @dataclass
 class Parts:
     "What a pipeline on disk consists of; what was not wanted is None or empty."
@@ -647,6 +653,7 @@ class Parts:
     scheduler: dict[str, Any] | None = None  # the same in diffusers' words, with the sampler's settings
     projections: dict[str, Tensor] = field(default_factory=dict)  # weights between states and UNet
     config: LatentConfig | None = None  # of the network, where the pipeline says it or it can be told
+    sampling: dict[str, Any] = field(default_factory=dict)  # how it likes to be sampled, where the pipeline says it
 
     def denoiser(
         self,
@@ -673,7 +680,7 @@ def _denoiser_of(parts: Parts, projection: str | None, encoders: Mapping[str, An
         model.encoders[name.replace(".", "_")].load_state_dict(parts.encoders[name].state_dict())
     return model
 
-# %% ../nbs/34_pipelines.ipynb #07377e02
+# %% ../nbs/34_pipelines.ipynb #9eefb067
 PARTS = ("unet", "vae", "text", "scheduler")
 
 
@@ -693,7 +700,7 @@ def load_parts(
     if not (path / "model_index.json").is_file():
         raise SettingsError(f"{path} is no pipeline: it has no model_index.json")
     own = read_json(path / "difflit.json") if (path / "difflit.json").is_file() else {}
-    parts = Parts(str(name))
+    parts = Parts(str(name), sampling=dict(own.get("sampling") or {}))
     if "scheduler" in wanted:
         parts.scheduler, parts.diffusion = _schedule(path, own)
     if "unet" in wanted:
@@ -758,7 +765,7 @@ def _config_of(path: Path, encoders: Mapping[str, TextEncoder]) -> LatentConfig 
     except SettingsError:
         return None  # a UNet that is none of ours; whoever asks for it is told
 
-# %% ../nbs/34_pipelines.ipynb #69cf437c
+# %% ../nbs/34_pipelines.ipynb #742e35d8
 def _parts_of_file(name: str | Path, path: Path, wanted: Sequence[str], dtype: str, device: str | torch.device) -> Parts:
     "The parts of a checkpoint in one file; what such a file cannot say is taken from the folder of the same name beside it."
     beside = path.with_suffix("")
@@ -784,17 +791,21 @@ def _parts_of_file(name: str | Path, path: Path, wanted: Sequence[str], dtype: s
     return parts
 
 
-def _single_text(path: Path, dtype: str, device: str | torch.device) -> TextEncoder:
+def _single_text(path: Path, dtype: str, device: str | torch.device, called: str | None = None, **options: Any) -> TextEncoder:
     "The CLIP text encoder in a single file; its tokenizer from beside it or from CLIP-L's folder."
     prefix = "cond_stage_model.transformer."
     entries = [n for n in _header(path)[0] if n.startswith(prefix)]
     if not entries:
-        raise SettingsError(f"{path} holds no text encoder of Stable Diffusion 1 ({prefix}*): load one by its own name")
+        raise SettingsError(f"{path} is a single file without a text encoder of Stable Diffusion 1 ({prefix}*): name another, or put the weights of this "
+                            "one, its config.json and its tokenizer into one folder")
     beside = path.with_suffix("")
     config = read_json(beside / "text_encoder" / "config.json") if (beside / "text_encoder" / "config.json").is_file() else _CLIP_L
     places = [beside / "tokenizer"]
     if not places[0].is_dir():
-        places = [find_model("clip-l")]
+        try:
+            places = [find_model("clip-l")]
+        except SettingsError as error:
+            raise SettingsError(f"{path} brings no tokenizer: put the folder {beside.name}/tokenizer beside it, or take CLIP-L's; {error}") from None
     model = CLIPTextModel(CLIPTextConfig.from_dict(dict(config)))
     mine = model.state_dict()
     with safe_open(path, framework="pt") as file:
@@ -804,26 +815,37 @@ def _single_text(path: Path, dtype: str, device: str | torch.device) -> TextEnco
         raise SettingsError(f"{path}: its text encoder does not fit: {', '.join(wrong[:3])}")
     model.load_state_dict(tensors)
     nn.Module.to(model, device, _precision(dtype)).eval().requires_grad_(False)
-    return TextEncoder(model, _load_tokenizer(CLIPTextModel, places), _encoder_name(model), digest=component_digest(path, prefix), source=path)
+    tokenizer, digest = _load_tokenizer(CLIPTextModel, places), component_digest(path, prefix)
+    return TextEncoder(model, tokenizer, called or _encoder_name(model), digest=digest, source=path, **options)
 
-# %% ../nbs/34_pipelines.ipynb #ca62b5f3
-def _store(component: Any, source: Path | None, target: Path, dtype: torch.dtype | None) -> None:
-    "A component in its library's format: copied where it lies on disk in that form, else written."
+# %% ../nbs/34_pipelines.ipynb #bce1a253
+def _store(component: Any, source: Path | None, target: Path, dtype: torch.dtype) -> None:
+    "A component in its library's format and of one precision: copied where it lies on disk in that form, else written."
     config = read_json(source / "config.json") if source is not None and source.is_dir() else {}
     kind = type(component).__name__
-    if dtype is None and kind in (config.get("_class_name"), *config.get("architectures", [])):
+    if kind in (config.get("_class_name"), *config.get("architectures", [])):
         target.mkdir(parents=True)
         files = component_files(source)  # type: ignore[arg-type]
         for file in [*files, source / "config.json", *(source.glob("*.safetensors.index.json") if len(files) > 1 else ())]:  # type: ignore[operator, union-attr]
             shutil.copyfile(file, target / (_plain(file.name) if len(files) == 1 else file.name))
-        return
-    before = component.dtype
-    with _quiet():
-        (component if dtype in (None, before) else component.to(dtype)).save_pretrained(str(target), safe_serialization=True)
-    component.to(before)
+    else:
+        with _quiet():
+            component.save_pretrained(str(target), safe_serialization=True)
+    for file in component_files(target):
+        _cast_file(file, dtype)
+    said = read_json(target / "config.json")
+    if known := {"dtype", "torch_dtype"} & {*said}:
+        write_json(target / "config.json", {**said, **dict.fromkeys(known, "float32")})
 
 
-def _store_encoder(encoder: TextEncoder, trained: nn.Module | None, folder: Path, number: int, dtype: torch.dtype | None) -> dict[str, Any]:
+def _cast_file(path: Path, dtype: torch.dtype) -> None:
+    "The tensors of a file in another type, unless they have it."
+    kinds = {getattr(torch, _DTYPES.get(entry["dtype"], "float32")) for entry in _header(path)[0].values()}
+    if any(kind.is_floating_point and kind != dtype for kind in kinds):
+        save_file({n: t.to(dtype) if t.is_floating_point() else t for n, t in load_file(path).items()}, path, metadata={"format": "pt"})
+
+
+def _store_encoder(encoder: TextEncoder, trained: nn.Module | None, folder: Path, number: int, dtype: torch.dtype) -> dict[str, Any]:
     "One text encoder and its tokenizer; what difflit.json says of them."
     if not hasattr(encoder.model, "save_pretrained") or encoder.tokenizer is None:
         raise SettingsError(f"text encoder {encoder.name} cannot be written in transformers' format (open_clip's cannot, nor one without tokenizer): "
@@ -845,7 +867,7 @@ def _is_plain(model: LatentDenoiser, encoders: Mapping[str, TextEncoder], refer:
     usual = type(first.model).__name__ == "CLIPTextModel" and first.skip == 0 and not next(iter(model.config.encoders.values()))["masked"]
     return usual and len(encoders) == 1 and not refer and model.config.projection == "none" and not scheduler["_class_name"].startswith("FlowMatch")
 
-# %% ../nbs/34_pipelines.ipynb #d8808200
+# %% ../nbs/34_pipelines.ipynb #b669ee55
 def save_pipeline(
     folder: str | Path,  # becomes a pipeline; what stood there is replaced when all is written
     model: LatentDenoiser,  # whose low-rank adapters, if it has any, are merged
@@ -855,31 +877,39 @@ def save_pipeline(
     *,
     scheduler: Mapping[str, Any] | None = None,  # the scheduler that the pipeline had, where it had one; must mean the same
     refer: Mapping[str, str] | None = None,  # encoders that are not written but named: {"t5-xxl": "t5-xxl"}
-    dtype: str | None = None,  # that all weights are written in; None: as they are
+    dtype: str | None = None,  # that all weights are written in; None: the UNet's
+    image_size: int | None = None,  # pixels along a side of what it draws unless told otherwise; None: as the UNet's configuration has it
+    sampling: Mapping[str, Any] | None = None,  # how it likes to be sampled: sampler, guidance, steps …, JSON-able
 ) -> Path:  # the folder
     "Write diffusers' layout. `StableDiffusionPipeline.from_pretrained` reads it where it can compute the same; `load_parts` always. Raises `SettingsError`."
-    folder, refer, precision = Path(folder), refer or {}, None if dtype is None else _precision(dtype)
+    folder, refer, precision = Path(folder), refer or {}, _precision(dtype or model.unet.dtype)
     _check_pipeline(model, autoencoder, encoders, refer)
+    config = _config_json(model.config)
+    if image_size is not None:
+        if image_size % autoencoder.factor:
+            raise SettingsError(f"image_size={image_size} is no multiple of {autoencoder.factor}, the factor of autoencoder {autoencoder.name}")
+        config["unet"]["sample_size"] = image_size // autoencoder.factor
     scheduler = dict(scheduler or scheduler_config(diffusion))
     if (said := diffusion_of(scheduler)) != (meant := diffusion_of(scheduler_config(diffusion))):
         raise SettingsError(f"the scheduler says {said}, but the network was trained with {meant}")
     plain = _is_plain(model, encoders, refer, scheduler)
     with atomic_directory(folder) as place:
         _store(autoencoder.vae, autoencoder.source, place / "vae", precision)
-        with _quiet():
-            model.unet.save_pretrained(str(place / "unet"), safe_serialization=True)
-        if precision is not None:
-            _cast_file(place / "unet" / "diffusion_pytorch_model.safetensors", precision)
+        _store(model.unet, None, place / "unet", precision)
+        if image_size is not None:
+            described = place / "unet" / "config.json"
+            write_json(described, {**read_json(described), "sample_size": config["unet"]["sample_size"]})
         notes = _store_encoders(place, model, encoders, refer, precision)
         (place / "scheduler").mkdir()
         write_json(place / "scheduler" / "scheduler_config.json", scheduler)
         if model.config.projection != "none":
             (place / "projections").mkdir()
-            weights = {n: t.contiguous().to(precision or t.dtype) for n, t in model.projections.state_dict().items()}
+            weights = {n: t.contiguous().to(precision) for n, t in model.projections.state_dict().items()}
             save_file(weights, place / "projections" / "model.safetensors")
         coder = {n: getattr(autoencoder, n) for n in ("name", "digest", "channels", "scaling_factor", "shift_factor")}
         coder["stored"] = component_digest(place / "vae")
-        write_json(place / "difflit.json", {"config": _config_json(model.config), "autoencoder": coder, "encoders": notes, "diffusion": dict(diffusion)})
+        own = {"config": config, "autoencoder": coder, "encoders": notes, "diffusion": dict(diffusion), "sampling": dict(sampling or {})}
+        write_json(place / "difflit.json", own)
         write_json(place / "model_index.json", _index(plain, encoders, notes, scheduler))
     return folder
 
@@ -898,9 +928,9 @@ def _check_pipeline(model: LatentDenoiser, autoencoder: Autoencoder, encoders: M
         if encoders[name].width != entry["width"]:
             raise SettingsError(f"text encoder {name} gives states {encoders[name].width} wide, the network reads {entry['width']}")
 
-# %% ../nbs/34_pipelines.ipynb #dd2440e0
+# %% ../nbs/34_pipelines.ipynb #cdeb5930
 def _store_encoders(place: Path, model: LatentDenoiser, encoders: Mapping[str, TextEncoder], refer: Mapping[str, str],
-                    dtype: torch.dtype | None) -> dict[str, Any]:
+                    dtype: torch.dtype) -> dict[str, Any]:
     "All text encoders, written or referred to; what difflit.json says of them."
     notes: dict[str, Any] = {}
     for name, encoder in encoders.items():
@@ -912,11 +942,6 @@ def _store_encoders(place: Path, model: LatentDenoiser, encoders: Mapping[str, T
             notes[name] = _store_encoder(encoder, trained, place, number, dtype)  # type: ignore[arg-type]
         notes[name] |= {"length": encoder.length, "skip": encoder.skip, "norm": encoder.norm}
     return notes
-
-
-def _cast_file(path: Path, dtype: torch.dtype) -> None:
-    "The tensors of a file in another type."
-    save_file({n: t.to(dtype) if t.is_floating_point() else t for n, t in load_file(path).items()}, path)
 
 
 def _config_json(config: LatentConfig) -> dict[str, Any]:

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SCORERS', 'make_tokenizer', 'build_network', 'build_diffusion', 'task_name', 'text_is_frozen', 'build_task',
-           'TrainingJob', 'count_steps', 'prepare', 'read_damaged', 'make_loader', 'data_changes', 'job_sampling',
-           'whole_pictures', 'job_pictures', 'preview_prompts', 'save_preview', 'save_job', 'validate', 'job_hooks',
-           'train_job', 'scorer', 'score_shapes', 'score_digits', 'score_emoji', 'Judged', 'score_job']
+           'TrainingJob', 'count_steps', 'rate_factors', 'prepare', 'read_damaged', 'make_loader', 'data_changes',
+           'job_sampling', 'whole_pictures', 'job_pictures', 'preview_prompts', 'save_preview', 'save_job', 'validate',
+           'job_hooks', 'train_job', 'scorer', 'score_shapes', 'score_digits', 'score_emoji', 'Judged', 'score_job']
 
-# %% ../nbs/71_recipes.ipynb #71909d95
+# %% ../nbs/71_recipes.ipynb #67fadd95
 import json
 import logging
 import math
@@ -23,14 +23,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor, nn
 
-from .adapters import qk_gradients
+from .adapters import qk_gradients, trainable_parts
 from .augmentation import aspect_buckets
-from .checkpoints import CheckpointError, checkpoint_bytes, newest_checkpoint
+from .checkpoints import Checkpoint, CheckpointError, checkpoint_bytes, newest_checkpoint
 from .config import SettingsError, TrainSettings
 from .cached import CachedLoader, CachedSource, read_batch
 from .data import DataError, Sample, Source, caption_grid, collate, image_tensor, to_images
@@ -42,10 +43,10 @@ from .filling import FillReport
 from .generation import draw, load_pipeline, shown_to
 from .glide import GLIDES, Glide, create_glide, keep_freed_memory
 from .job_data import PREVIEWS, JobData, fill_caches, open_data, sound_samples
-from .latent import LatentDenoiser
+from .latent import LatentDenoiser, unused_parameters
 from .loading import Damaged, Loader, differences, is_stream, open_source
 from .models import freeze, load_model, lr_scales, model_card, model_folder, reinitialise_parts, select_parameters
-from .perception import Clip, ClipConfig, create_clip
+from .perception import ClipConfig, create_clip
 from .precision import choose_device, choose_precision
 from .randomness import normal
 from .runs import Run, rank_and_world
@@ -93,12 +94,14 @@ def _as_asked(model: nn.Module, settings: TrainSettings) -> nn.Module:
     asked.load_state_dict(model.state_dict(), assign=True)
     return asked
 
-# %% ../nbs/71_recipes.ipynb #8e950426
-def _start_notes(settings: TrainSettings, model: nn.Module, trained: Mapping[str, Any]) -> list[str]:
+# %% ../nbs/71_recipes.ipynb #d5ccba48
+def _start_notes(settings: TrainSettings, model: nn.Module, trained: Mapping[str, Any], diffusion: Diffusion) -> list[str]:
     "What a person should know about the weights that a run starts from."
-    asked = {name: value for name, value in (("schedule", settings.schedule), ("target", settings.target)) if value != "auto"}
-    notes = [f"the given weights were trained with {name}={trained[name]}, this run has {name}={value}: they must learn anew what they are asked for"
-             for name, value in asked.items() if trained.get(name, value) != value]
+    usual = {"zero_terminal_snr": False, "betas": None, "timesteps": 1000}
+    then = {**usual, **trained}
+    now = {name: getattr(diffusion, name) for name in ("schedule", "target", *usual)}
+    notes = [f"the given weights were trained with {name}={then[name]}, this run has {name}={value}: they must learn anew what they are asked for"
+             for name, value in now.items() if name in then and (tuple(then[name]) if isinstance(then[name], list) else then[name]) != value]
     size = getattr(getattr(model, "config", None), "image_size", settings.image_size)
     return notes + ([f"the given weights are for {size} px, this run draws {settings.image_size} px"] if size != settings.image_size else [])
 
@@ -126,15 +129,16 @@ def _started(
     settings: TrainSettings,  # resolved
     model: nn.Module,  # changed in place
     trained: Mapping[str, Any],  # the diffusion of given weights; empty for fresh ones
+    diffusion: Diffusion,  # this run's
 ) -> list[str]:  # notes for the report
     "Parts that begin anew although weights are given, and what a person should know."
-    notes = _start_notes(settings, model, trained) if trained else []
+    notes = _start_notes(settings, model, trained, diffusion) if trained else []
     if settings.reinit and settings.init_from not in (None, "scratch"):
         fresh = reinitialise_parts(model, settings.reinit, seed=settings.seed)
         notes.append(f"{len(fresh)} tensors start from fresh weights ({settings.reinit})")
     return notes
 
-# %% ../nbs/71_recipes.ipynb #b1304d7d
+# %% ../nbs/71_recipes.ipynb #05d63dfd
 def build_diffusion(
     settings: TrainSettings,  # resolved
     trained: Mapping[str, Any] | None = None,  # the diffusion of given weights: keywords of `Diffusion`
@@ -148,7 +152,10 @@ def build_diffusion(
     target = known.get("target", usual) if settings.target == "auto" else settings.target
     shift = settings.time_shift or (known.get("shift", 1.0) if same else 3.0 if schedule == "flow" else 1.0)
     kept = {name: known[name] for name in ("timesteps", "betas") if same and known.get(name) is not None}
-    return Diffusion(schedule, target, zero_terminal_snr=zero, time_sampling=settings.time_sampling, shift=shift, **kept)
+    try:
+        return Diffusion(schedule, target, zero_terminal_snr=zero, time_sampling=settings.time_sampling, shift=shift, **kept)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
 
 # %% ../nbs/71_recipes.ipynb #1d6cb2fd
 def task_name(
@@ -247,12 +254,34 @@ def count_steps(
         raise SettingsError("a stream does not know how long an epoch is: give steps instead of epochs")
     return settings.steps if settings.steps is not None else max(1, math.ceil(settings.epochs * samples / settings.batch_size))  # type: ignore[operator]
 
-# %% ../nbs/71_recipes.ipynb #e60960b4
+# %% ../nbs/71_recipes.ipynb #aa73a76a
 def _intervals(settings: TrainSettings, steps: int) -> dict[str, int]:
     "Steps between validation, samples and checkpoints."
     given = {"validate": settings.validate_every_steps, "sample": settings.sample_every_steps, "checkpoint": settings.checkpoint_every_steps}
     times = {"validate": 10, "sample": 5, "checkpoint": 5}
     return {name: value or max(1, math.ceil(steps / times[name])) for name, value in given.items()}
+
+
+def rate_factors(
+    settings: TrainSettings,  # resolved
+    model: nn.Module,  # the network
+) -> str:  # as `lr_scales` takes them
+    "Factors on the learning rate: as asked for, or what suits the family of networks."
+    if settings.lr_scales != "auto":
+        return settings.lr_scales
+    return "text=0.1,transformer_proj=1" if isinstance(model, Glide) else ""
+
+
+def _choose_trained(settings: TrainSettings, model: nn.Module) -> None:
+    "Freeze what does not train: by part, all but adapters where there are any, and of a latent network what is never asked or shall stay."
+    if not isinstance(model, LatentDenoiser):
+        freeze(model, settings.train_parts)
+        return
+    freeze(model, trainable_parts(model) if model.config.lora else settings.train_parts)
+    idle = unused_parameters(model) | ({n for n, _ in model.named_parameters() if n.startswith("encoders.")} if not settings.train_text else set())
+    for name, parameter in model.named_parameters():
+        if name in idle:
+            parameter.requires_grad_(False)
 
 
 def _make_state(settings: TrainSettings, model: nn.Module) -> TrainState:
@@ -268,9 +297,8 @@ def _make_state(settings: TrainSettings, model: nn.Module) -> TrainState:
         keep_freed_memory()  # or a step returns its memory to the system and asks for it again
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
     model = model.to(device).to(memory_format=torch.channels_last)
-    freeze(model, "lora" if getattr(getattr(model, "config", None), "lora", None) else settings.train_parts)
-    reads = isinstance(model, (Glide, Clip))  # another network may have no such text tower to slow down
-    scales = lr_scales(model, settings.lr_scales) if reads or settings.lr_scales != TrainSettings.model_fields["lr_scales"].default else {}
+    _choose_trained(settings, model)
+    scales = lr_scales(model, rate_factors(settings, model))
     optimizer = make_optimizer(model, settings.lr, settings.weight_decay, settings.beta2, scales, optimizer=settings.optimizer)
     state = TrainState(model, EMA(model, settings.ema_decay), optimizer, accelerator, choose_precision(settings.precision, device), settings.seed)
     state.wrapped = accelerator.prepare_model(model) if world > 1 else None
@@ -280,7 +308,7 @@ def _make_state(settings: TrainSettings, model: nn.Module) -> TrainState:
         state.wrapped = torch.compile(state.network, mode=settings.compile_mode)  # type: ignore[assignment]
     return state
 
-# %% ../nbs/71_recipes.ipynb #2510ba46
+# %% ../nbs/71_recipes.ipynb #105fb1f5
 @dataclass
 class _LatentParts:
     "What a latent run has before its data: encoders, network, full caches."
@@ -289,23 +317,26 @@ class _LatentParts:
     model: LatentDenoiser
     trained: dict[str, Any]  # the diffusion that given weights were trained for
     filled: list[FillReport]  # what the caches lacked
+    notes: list[str]  # for the report
 
 
 def _latent_parts(run: Run) -> _LatentParts:
     "Encoders, and the network between them, which must fit before hours are spent on filling the caches."
     settings: TrainSettings = run.settings
     encoders = open_encoders(settings, choose_device(settings.device, local_rank=int(os.environ.get("LOCAL_RANK", 0))))
-    model, trained = latent_network(settings, encoders)
-    reports = fill_caches(settings, encoders, progress=run.main and sys.stderr.isatty(), text=not settings.train_text) if settings.fill else []
-    return _LatentParts(encoders, model.train(), trained, [report for report in reports if report.done or report.bad])
+    model, trained, notes = latent_network(settings, encoders)
+    reports = fill_caches(settings, encoders, progress=run.main and sys.stderr.isatty()) if settings.fill else []
+    filled = [report for report in reports if report.done or report.bad]
+    notes += [f"{len(report.bad)} of {report.what} cannot be used" for report in filled if report.bad]
+    return _LatentParts(encoders, model.train(), trained, filled, notes)
 
 
-def _reader(settings: TrainSettings, encoders: Encoders, data: JobData) -> CaptionReader:
-    "What tells the network of captions: the cache, or its own encoders where they learn."
+def _reader(encoders: Encoders, data: JobData) -> CaptionReader:
+    "What tells the network of captions: the cache, or the encoders that it has within."
     assert isinstance(data.train, CachedSource)
-    return CaptionReader(encoders, data.train.text, list(encoders.text) if settings.train_text else [])
+    return CaptionReader(encoders, data.train.text, encoders.inside)
 
-# %% ../nbs/71_recipes.ipynb #0ddc12f2
+# %% ../nbs/71_recipes.ipynb #77b3857a
 def prepare(
     run: Run,  # opened, with settings
 ) -> TrainingJob:  # ready for `train_job`
@@ -324,10 +355,9 @@ def _wire(run: Run) -> TrainingJob:
     get_sampler(settings.sampler)  # a wrong name should fail now, not after an hour
     made = _latent_parts(run) if is_latent(settings) else None
     data = open_data(settings, made.encoders if made else None)
-    model, tokenizer, trained = (made.model, _reader(settings, made.encoders, data), made.trained) if made else build_network(settings, data.train.captions())
-    notes = [f"{len(report.bad)} of {report.what} cannot be used" for report in (made.filled if made else []) if report.bad]
-    notes += _started(settings, model, trained)
+    model, tokenizer, trained = (made.model, _reader(made.encoders, data), made.trained) if made else build_network(settings, data.train.captions())
     diffusion = build_diffusion(settings, trained)
+    notes = (made.notes if made else []) + _started(settings, model, trained, diffusion)
     sigma_steps(diffusion, settings.sampler_steps, settings.spacing)
     if data.train.skipped:
         lost = len(data.train.skipped)
@@ -470,7 +500,7 @@ def _load_stream(folder: Path, step: int, loader: StreamLoader) -> None:
         raise DataError(f"{folder.name} does not know where in the stream step {step} was: {pattern.parent.name}/{pattern.name} is missing")
     loader.load_state_dict([read_json(file) for file in files], seen=pattern.parent)
 
-# %% ../nbs/71_recipes.ipynb #e688cab9
+# %% ../nbs/71_recipes.ipynb #a1678840
 _MOST_PARTS = 100_000
 
 
@@ -506,6 +536,25 @@ def data_changes(
     return said[:shown] + ([f"… and {len(said) - shown} more"] if len(said) > shown else [])
 
 
+_FIXED = ("schedule", "target", "zero_terminal_snr", "betas", "timesteps", "shift")
+_FREE = {"run_dir", "resume", "preset", "steps", "epochs", "device", "workers", "progress", "keep_checkpoints", "fill"}
+
+
+def _changed_settings(run: Run, checkpoint: Checkpoint) -> list[str]:
+    "Settings that are not as they were before a stop, for the report. Raises `CheckpointError` if weights would have to learn something else."
+    card = read_json(checkpoint.path / "config.json") if (checkpoint.path / "config.json").exists() else {}
+    asked = asdict(build_diffusion(run.settings, card.get("diffusion")))
+    then = card.get("diffusion", {})
+    wrong = [f"{n}={then[n]}, here {n}={asked[n]}" for n in _FIXED if n in then and (tuple(then[n]) if isinstance(then[n], list) else then[n]) != asked[n]]
+    if wrong:
+        raise CheckpointError(f"{checkpoint.path.name} was trained with {'; '.join(wrong)}: a resumed run cannot change what its weights are asked for; "
+                              "begin a new run from them with init_from")
+    before = yaml.safe_load(run.earlier or "") or {}
+    now = run.settings.model_dump(exclude_none=True)
+    changed = [f"{n}: {before.get(n)} → {now.get(n)}" for n in {**before, **now} if n not in _FREE and n in before and before.get(n) != now.get(n)]
+    return [f"settings that were changed at this resume: {', '.join(changed)}"] if changed else []
+
+
 def _resume(run: Run, state: TrainState, loader: Loader | CachedLoader | StreamLoader) -> list[str]:
     "Bring a state and a loader to the newest whole checkpoint, and say which. Raises `CheckpointError` that says what does not fit."
     where = run.path if run.settings.resume == "auto" else Path(run.settings.resume)
@@ -521,6 +570,7 @@ def _resume(run: Run, state: TrainState, loader: Loader | CachedLoader | StreamL
         listed = checkpoint.path.parent.parent / "data.json"
         parts = data_changes(read_json(listed), loader.source.describe()) if listed.exists() and saved.get("data") != loader.state_dict()["data"] else []
         raise CheckpointError(f"{checkpoint.path.name} cannot be resumed: " + "; ".join(wrong) + "".join(f"\n  {part}" for part in parts))
+    faults += _changed_settings(run, checkpoint)
     loader.load_state_dict(saved)
     load_state(state, checkpoint, batch_size=run.settings.batch_size)
     if saved.get("varied") != loader.varied:

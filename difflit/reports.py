@@ -8,7 +8,7 @@ __all__ = ['environment_table', 'model_table', 'cache_table', 'latents_figure', 
            'scores_table', 'data_figure', 'progress_figure', 'shown_figure', 'samples_figure', 'nearest_figure',
            'bins_figure', 'where_table']
 
-# %% ../nbs/72_reports.ipynb #7d03be84
+# %% ../nbs/72_reports.ipynb #0f381d47
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +21,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from .cached import CachedLoader, CachedSource, TableSource
-from .config import SettingsError
 from .data import Picture, Source, caption_grid, collate, image_tensor, square, to_images
 from .evaluation import neighbour_figure
 from .files import read_json
@@ -30,7 +29,7 @@ from .latent import Autoencoder
 from .loading import Loader, MixedSource
 from .models import count_parameters, flops_per_image, lr_scales, parameter_table, parts_table
 from .job_data import sound_samples
-from .recipes import Judged, TrainingJob, read_damaged, task_name
+from .recipes import Judged, TrainingJob, rate_factors, read_damaged, task_name
 from .selection import ShardSource, statistics_picture
 from .tracking import read_metrics
 
@@ -160,15 +159,12 @@ def fill_table(
     bad = [f"\n- `{name}`: {why}" for r in reports for name, why in r.bad[:12]]
     return "\n".join(lines) + ("\n" + "".join(notes) if notes else "") + ("\n\nLeft out:\n" + "".join(bad) if bad else "")
 
-# %% ../nbs/72_reports.ipynb #c4e131f6
+# %% ../nbs/72_reports.ipynb #a78a76f2
 def training_table(
     job: TrainingJob,  # prepared
 ) -> str:  # Markdown
     "What trains, part by part."
-    try:
-        scales = lr_scales(job.state.model, job.settings.lr_scales)
-    except SettingsError:  # the default names parts that another family of networks has not
-        scales = {}
+    scales = lr_scales(job.state.model, rate_factors(job.settings, job.state.model))
     return parts_table(job.state.model, scales)
 
 

@@ -22,11 +22,12 @@ from difflit.adapters import (
     quicken,
     replace_cross_attention,
     save_lora,
+    trainable_parts,
 )
 from difflit.config import SettingsError
 from difflit.diffusion import Diffusion
 from difflit.latent import LatentConfig, TextEncoder, latent_denoiser
-from difflit.models import build_model, family, model_card, reinitialise_parts
+from difflit.models import build_model, family, freeze, model_card, reinitialise_parts
 from difflit.tasks import LatentDiffusion
 from difflit.training import EMA
 
@@ -126,6 +127,52 @@ def test_lora_of_a_text_encoder_that_trains(pipeline, tmp_path):
     assert torch.allclose(images(theirs), drawn, atol=1e-4)
     merge_lora(model)
     assert torch.allclose(images(ours), drawn, atol=1e-4)
+
+
+def test_what_is_fresh_trains_beside_lora(pipeline, tmp_path, registered):
+    "A map from wider words starts at random: frozen it would stay noise."
+    model = latent_denoiser(opened(pipeline).unet, {"t5": {"width": 48, "length": 9, "masked": True}}, "linear")
+    names = add_lora(model, rank=2, also=["projection"])
+    fresh = [n for n, _ in model.named_parameters() if n.startswith("projections.")]
+    assert fresh and set(names) == {*fresh, *(n for n, _ in model.named_parameters() if ".lora_" in n)}
+    assert json.loads(json.dumps(model.config.lora))["also"] == ["projection"]
+    counts = freeze(model, trainable_parts(model))
+    assert counts["trainable_tensors"] == len(names)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    teach(model.train(), batch(width=48, encoder="t5"))
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == set(names)
+    for save in (lambda: save_lora(model, tmp_path), lambda: lora_state(model)):
+        with pytest.raises(SettingsError, match="this network has projection, which a file of LoRA cannot hold .* export it whole as diffusers"):
+            save()
+    assert not list(tmp_path.iterdir())
+    again = build_model(json.loads(model_card(model)))
+    again.load_state_dict(model.state_dict())
+    assert trainable_parts(again) == names and [n for n, p in again.named_parameters() if p.requires_grad] == names
+    merge_lora(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_replaced_attention_trains_whole_beside_lora(pipeline, tmp_path):
+    "New keys and values carry LoRA too; their own weights train under the name that peft gives them."
+    model = latent_denoiser(opened(pipeline).unet, {"t5": {"width": 48, "length": 9, "masked": True}}, "replace")
+    one = next(n for n, _ in model.named_parameters() if n.endswith("attn1.to_q.weight"))
+    names = add_lora(model, rank=2, also=["cross_kv", one])
+    assert any(n.endswith("attn2.to_k.base_layer.weight") for n in names) and one.replace(".weight", ".base_layer.weight") in names
+    teach(model.train(), batch(width=48, encoder="t5"))
+    with pytest.raises(SettingsError, match="this network has cross_kv, "):
+        save_lora(model, tmp_path)
+    with pytest.raises(SettingsError, match="nothing in this network is called 'projektion', which shall train also; did you mean 'projection'"):
+        add_lora(merge_lora(model), also=["projektion"])
+
+
+def test_lora_leaves_out_the_layers_that_are_never_read(pipeline):
+    pipe = opened(pipeline)
+    encoder = TextEncoder(pipe.text_encoder, pipe.tokenizer, "clip-l", skip=1)
+    model = latent_denoiser(pipe.unet, {"clip-l": encoder}, train=["clip-l"])
+    names = add_lora(model, rank=2)
+    assert any(".layers.0." in n for n in names) and not any(".layers.1." in n for n in names)
+    assert not any(p.requires_grad for n, p in merge_lora(model).named_parameters() if ".layers.1." in n)
 
 
 def test_lora_is_loaded_trained_on_and_merged(pipeline, tmp_path):

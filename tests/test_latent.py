@@ -13,8 +13,8 @@ from difflit import pipelines
 from difflit.config import SettingsError
 from difflit.diffusion import Diffusion
 from difflit.latent import (
-    LatentConfig, LatentDenoiser, TextEncoder, adapt_text, create_latent, diffusion_of, fold_projection, latent_denoiser, scheduler_config,
-    text_condition, unet_config,
+    LatentConfig, LatentDenoiser, TextEncoder, adapt_text, create_latent, diffusion_of, encoder_entry, fold_projection, latent_denoiser, scheduler_config,
+    text_condition, unet_config, unused_parameters,
 )
 from difflit.pipelines import (
     component_digest, find_model, load_autoencoder, load_parts, load_text_encoder, load_unet, pull, save_pipeline, wanted_files,
@@ -157,6 +157,78 @@ def test_a_pipeline_in_half_precision(sd, tmp_path):
     assert all(t.dtype == torch.float16 for f in saved.rglob("*.safetensors") for n, t in load_file(f).items() if t.is_floating_point())
     assert (images_of(pipeline_of(saved)) - images_of(pipeline_of(sd))).abs().max() < 0.02
     assert load_parts(saved).autoencoder.digest == parts.autoencoder.digest, "what was cached with the original stays good"
+
+
+def float_types(folder: Path) -> set:
+    return {t.dtype for f in folder.rglob("*.safetensors") for t in load_file(f).values() if t.is_floating_point()}
+
+
+def halved(sd: Path, folder: Path, *parts: str) -> Path:
+    "A pipeline some of whose parts lie there in half precision, as published ones do."
+    shutil.copytree(sd, folder)
+    for file in (f for part in parts for f in (folder / part).glob("*.safetensors")):
+        save_file({n: t.half() if t.is_floating_point() else t for n, t in load_file(file).items()}, file, metadata={"format": "pt"})
+    if "text_encoder" in parts:
+        changed(folder, "text_encoder/config.json", dtype="float16")
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [None, "fp16", "bf16"])
+def test_parts_of_several_precisions_are_written_in_one(sd, tmp_path, dtype):
+    from diffusers import StableDiffusionPipeline
+
+    mixed = load_parts(halved(sd, tmp_path / "mixed", "vae", "text_encoder"))
+    before = {n: t.clone() for n, t in mixed.autoencoder.vae.state_dict().items()}
+    saved = save_pipeline(tmp_path / "one", mixed.denoiser(), mixed.autoencoder, mixed.encoders, mixed.diffusion, scheduler=mixed.scheduler, dtype=dtype)
+    assert float_types(saved) == {{None: torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]}
+    pipe = StableDiffusionPipeline.from_pretrained(str(saved), local_files_only=True)  # and nobody says torch_dtype
+    pipe.set_progress_bar_config(disable=True)
+    assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.float32}
+    drawn = images_of(pipe)
+    if dtype is None:
+        assert torch.equal(drawn, images_of(pipeline_of(tmp_path / "mixed")))
+    again, notes = load_parts(saved), json.loads((saved / "difflit.json").read_text())
+    assert again.autoencoder.digest == mixed.autoencoder.digest and again.encoders["clip"].digest == mixed.encoders["clip"].digest
+    if dtype != "fp16":
+        assert notes["encoders"]["clip"]["stored"] != notes["encoders"]["clip"]["digest"] and notes["autoencoder"]["stored"] != notes["autoencoder"]["digest"]
+    assert all(torch.equal(t, before[n]) for n, t in mixed.autoencoder.vae.state_dict().items()), "saving changes nothing in memory"
+
+
+def test_the_exported_tiny_model_runs_in_diffusers(tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    from difflit.encoders import Encoders, export_latent
+    from difflit.models import model_card
+
+    encoders = Encoders("tiny", ["tiny"])
+    model = create_latent("latent-tiny", {n: encoder_entry(e) for n, e in encoders.text.items()})
+    (tmp_path / "run").mkdir()
+    save_file({n: t.contiguous() for n, t in model.state_dict().items()}, tmp_path / "run" / "model.safetensors")
+    card = model_card(model, diffusion={"schedule": "scaled_linear", "target": "v"}, image_size=64, sampling={"steps": 2}, **encoders.card())
+    (tmp_path / "run" / "config.json").write_text(card)
+    folder = export_latent(tmp_path / "run", tmp_path / "pipeline")
+    assert float_types(folder) == {torch.float32}
+    pipe = StableDiffusionPipeline.from_pretrained(str(folder), local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a red circle", num_inference_steps=2).images[0].size == (64, 64)
+
+
+def test_the_size_and_the_sampling_of_a_run_travel_with_it(sd, tmp_path):
+    from difflit.generation import load_pipeline
+
+    parts = load_parts(sd)
+    rest = parts.denoiser(), parts.autoencoder, parts.encoders, parts.diffusion
+    how = {"sampler": "ddim", "steps": 3, "spacing": "trailing", "guidance": 2.0}
+    saved = save_pipeline(tmp_path / "small", *rest, scheduler=parts.scheduler, image_size=32, sampling=how)
+    with torch.no_grad():
+        assert pipeline_of(saved)(PROMPTS[0], num_inference_steps=1, output_type="pt").images.shape[2:] == (32, 32)
+    again, stage = load_parts(saved), load_pipeline(saved, "cpu")
+    assert (again.unet.config["sample_size"], again.config.unet["sample_size"], again.sampling) == (4, 4, how)
+    assert (stage.image_size, stage.sampling) == (32, how)
+    plain = load_pipeline(save_pipeline(tmp_path / "plain", *rest, scheduler=parts.scheduler), "cpu")
+    assert (plain.image_size, plain.sampling["guidance"]) == (64, 7.5)
+    with pytest.raises(SettingsError, match="image_size=33 is no multiple of 8"):
+        save_pipeline(tmp_path / "no", *rest, image_size=33)
 
 
 # where models lie
@@ -318,11 +390,45 @@ def test_a_whole_checkpoint_in_one_file(sd, tmp_path):
     for which in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         (tmp_path / "whole").mkdir(exist_ok=True)
         shutil.copytree(sd / which, tmp_path / "whole" / which, ignore=shutil.ignore_patterns("*.safetensors"))
+    for weights in (True, False):
+        alone = load_text_encoder(file, weights=weights, length=20)
+        assert (alone.name, alone.length, alone.digest) == ("clip", 20, component_digest(file, "cond_stage_model.transformer."))
+    assert load_text_encoder(file, skip=1, called="mine").name == "mine"
     parts, wanted = load_parts(file, ("vae", "text", "scheduler")), load_parts(sd)
     assert parts.diffusion == wanted.diffusion
     assert torch.equal(parts.encoders["clip"].encode(PROMPTS)["states"], wanted.encoders["clip"].encode(PROMPTS)["states"])
     latents = torch.randn(1, 4, 8, 8)
     assert torch.allclose(parts.autoencoder.decode(latents), wanted.autoencoder.decode(latents), atol=1e-6)
+
+
+def test_single_files_that_lack_something(sd, tmp_path):
+    from difflit.generation import load_pipeline
+
+    file = tmp_path / "broken.safetensors"
+    save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(320, 4, 3, 3),
+               "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(1280, 768)}, file)
+    with pytest.raises(SettingsError, match="broken.safetensors does not load as UNet2DConditionModel: .*fetch or convert it again"):
+        load_pipeline(file, "cpu")
+    with pytest.raises(SettingsError, match="single file without a text encoder of Stable Diffusion 1"):
+        load_text_encoder(file)
+    for names in (["first_stage_model.encoder.conv_in.weight"], ["first_stage_model.encoder.conv_in.weight", "first_stage_model.quant_conv.weight"]):
+        save_file({n: torch.zeros(128 if "in" in n else 8, 3 if "in" in n else 8, *[3 if "in" in n else 1] * 2) for n in names}, tmp_path / "vae.safetensors")
+        with pytest.raises(SettingsError, match="vae.safetensors does not load as AutoencoderKL: .*fetch or convert it again"):
+            load_autoencoder(tmp_path / "vae.safetensors", scaling_factor=0.18215)
+    text = {f"cond_stage_model.transformer.text_model.{n}": t for n, t in load_file(sd / "text_encoder" / "model.safetensors").items()}
+    save_file(text, tmp_path / "text.safetensors")
+    (tmp_path / "text" / "text_encoder").mkdir(parents=True)
+    shutil.copy(sd / "text_encoder" / "config.json", tmp_path / "text" / "text_encoder")
+    with pytest.raises(SettingsError, match="text.safetensors brings no tokenizer: put the folder text/tokenizer beside it"):
+        load_text_encoder(tmp_path / "text.safetensors")
+
+
+@pytest.mark.parametrize("name, hint", [("sd5", "did you mean 'sd15'"), ("nonsense", "valid are base, "), ("bse", "did you mean 'base'")])
+def test_a_name_that_is_no_model_is_told_its_neighbours(name, hint):
+    from difflit.generation import load_pipeline
+
+    with pytest.raises(SettingsError, match=f"{name} holds no model: .* no model of that name; {hint}"):
+        load_pipeline(name, "cpu")
 
 
 def save_vae_file(sd: Path, folder: Path) -> Path:
@@ -473,6 +579,41 @@ def test_the_states_of_clip_at_every_layer_are_those_of_diffusers(sd):
         load_text_encoder(sd, skip=2)
     with pytest.raises(SettingsError, match="reads at most 77 tokens, not 200"):
         load_text_encoder(sd, length=200)
+
+
+def trains(kind: str):
+    "An encoder that trains in a network: kinds of it, layers left out, with or without the last norm."
+    from difflit.latent import LatentDenoiser as network
+
+    model, tokenizer = {"clip": twins.tiny_clip, "projected": lambda: twins.tiny_clip(projection=24), "t5": lambda: twins.tiny_t5(width=32)}[kind.split()[0]]()
+    options = {"skip": int(kind.split()[1]), "norm": kind.endswith("norm")}
+    encoder = TextEncoder(model, tokenizer, "text", **options)
+    made: network = latent_denoiser(twins.tiny_unet(32), {"text": encoder}, train=["text"])
+    return made, {"text": encoder.tokenize(PROMPTS, encoder.length)}
+
+
+@pytest.mark.parametrize("kind", ["clip 0 norm", "clip 1 norm", "clip 1", "projected 0 norm", "projected 1", "projected 1 norm", "t5 0 norm", "t5 1",
+                                  "t5 1 norm"])
+def test_what_a_trained_encoder_never_reads_is_frozen(kind):
+    model, text = trains(kind)
+    unused = unused_parameters(model)
+    assert {n for n, p in model.named_parameters() if not p.requires_grad} == unused
+    model.requires_grad_(True)
+    model(torch.randn(2, 4, 8, 8), torch.tensor([10.0, 900.0]), text).square().mean().backward()
+    assert {n for n, p in model.named_parameters() if p.grad is None} == unused
+
+
+def test_processes_do_not_wait_for_gradients_that_never_come(tmp_path):
+    from torch import distributed
+
+    model, text = trains("clip 1")
+    distributed.init_process_group("gloo", store=distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        shared = torch.nn.parallel.DistributedDataParallel(model)
+        for _ in range(2):  # the second pass fails where the first left a gradient unfinished
+            shared(torch.randn(2, 4, 8, 8), torch.tensor([10.0, 900.0]), text=text).square().mean().backward()
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_long_captions_are_cut_counted_and_said_once(sd, t5):

@@ -119,7 +119,7 @@ def test_schedule_comes_with_the_checkpoint(tmp_path, cache, models):
     other = prepare(open_run({**SMALL, **{k: str(v) for k, v in values.items()}, "vae": str(models / "sd"), "text_encoder": str(models / "sd"),
                               "run_dir": str(tmp_path / "b"), "schedule": "linear", "target": "eps"}))
     assert (other.diffusion.schedule, other.diffusion.target, other.diffusion.betas) == ("linear", "eps", None)
-    assert sum("the given weights were trained with" in note for note in other.notes) == 2
+    assert sum("the given weights were trained with" in note for note in other.notes) == 3, "schedule, target, betas"
 
 
 @pytest.mark.parametrize("projection", ["auto", "mlp", "replace"])
@@ -211,7 +211,7 @@ def test_what_is_refused(tmp_path, cache, models, monkeypatch):
     monkeypatch.delenv("DIFFLIT_MODELS", raising=False)
     trained(tmp_path / "run", cache=cache, steps=1)
     place = {"cache": cache, "run_dir": tmp_path / "x"}
-    refused(r"(?s)has no latents of models.*instead of tiny-vae", fill=False, vae=models / "vae", **{**place, "run_dir": tmp_path / "1"})
+    refused(r"(?s)has no latents of .*instead of tiny-vae", fill=False, vae=models / "scaled", **{**place, "run_dir": tmp_path / "1"})
     refused("says channels 4", vae=models / "wide", init_from=tmp_path / "run", **{**place, "run_dir": tmp_path / "2"})
     refused("difflit pull t5-xxl", text_encoder="t5-xxl", **{**place, "run_dir": tmp_path / "3"})
     refused("no multiple of", image_size=30, **{**place, "run_dir": tmp_path / "4"})
