@@ -126,7 +126,7 @@ def open_set(
         raise CacheError(f"{folder}: its files tell of {len(keys)}, {len(found.ids)} and {len(found.captions)} samples, about.json of {about['samples']}")
     return found
 
-# %% ../nbs/22_cached.ipynb #ed10c8cb
+# %% ../nbs/22_cached.ipynb #a18e9b18
 def _publish(made: Path, folder: Path) -> None:
     "Give a finished folder its name, unless somebody else was first."
     try:
@@ -152,7 +152,7 @@ def _write_set(folder: Path, source: Source, about: Mapping[str, Any]) -> None:
                                           "skipped": [[s.where, s.why] for s in source.skipped[:1000]]})
     _publish(made, folder)
 
-
+# %% ../nbs/22_cached.ipynb #212de530
 def renew_set(
     table: SampleSet,  # that is used now
     **said: Any,  # what else `about` shall say from now on
@@ -268,11 +268,11 @@ class TableSource(Source):
         whole = self.table.about["digest"]
         return whole if len(self) == len(self.table) else digest_bytes(f"{whole} first {len(self)}")
 
-# %% ../nbs/22_cached.ipynb #0231e7b8
+# %% ../nbs/22_cached.ipynb #9f656ad4
 def _remedy(store: Store) -> str:
     "How a store comes by what it lacks."
     if suffix := store.recipe.settings.get("imported"):
-        return f"it holds what was imported from {suffix} files: take the missing ones in with `difflit cache import … --suffix {suffix}`, which says what it leaves out"
+        return f"it holds what was imported as {suffix}: take in the missing ones with `difflit cache import … --suffix {suffix}`"
     return "fill it with `difflit cache fill`, or let the run do so with fill=True"
 
 
@@ -290,7 +290,8 @@ def _sound(rows: np.ndarray, ids: Sequence[str], store: Store) -> np.ndarray:
     "Which samples have all their latents. Raises `CacheError` if some were never computed."
     lacking = np.flatnonzero((rows == -1).any(1))
     if len(lacking):
-        raise CacheError(f"{len(lacking):,} of {len(rows):,} pictures have no latents in {store.folder} (the first is {ids[int(lacking[0])]}): {_remedy(store)}")
+        what = f"{len(lacking):,} of {len(rows):,} pictures have no latents in {store.folder} (the first is {ids[int(lacking[0])]})"
+        raise CacheError(f"{what}: {_remedy(store)}")
     return np.asarray((rows >= 0).all(1))
 
 
@@ -344,7 +345,7 @@ class _Joined(Source):
         recipes = {f"({store.recipe.kind} of {store.recipe.encoder})": store.recipe.digest for store in [*self.latents, *self.text.values()]}
         return {**self.source.describe(), **recipes}
 
-# %% ../nbs/22_cached.ipynb #00d4b71a
+# %% ../nbs/22_cached.ipynb #1aa8f7df
 class CachedSource(_Joined):
     "A data set whose pictures are latents and whose captions are states in stores."
 
@@ -386,10 +387,10 @@ class CachedSource(_Joined):
 
 def _store_of(source: Source, latents: Sequence[Store], buckets: Sequence[tuple[int, int]] = ()) -> np.ndarray:
     "Which of several shapes each picture is cached in: the one nearest to its own. Raises `CacheError` if that one was never filled."
-    shapes = [tuple(store.recipe.settings["image_size"]) for store in latents]
-    wanted = [tuple(size) for size in buckets] or shapes
-    if len(wanted) == 1:
+    if len(latents) == 1 and not buckets:
         return np.zeros(len(source), np.int64)
+    shapes: list[tuple[int, int]] = [(int(w), int(h)) for w, h in (store.recipe.settings["image_size"] for store in latents)]
+    wanted = [(int(w), int(h)) for w, h in buckets] or shapes
     if (sizes := source.sizes()) is None:
         raise DataError(f"{source.name} does not know its pictures' sizes, which latents of several shapes need")
     nearest = nearest_bucket(sizes, wanted)
@@ -397,7 +398,8 @@ def _store_of(source: Source, latents: Sequence[Store], buckets: Sequence[tuple[
     lacking = sorted({wanted[i] for i in np.unique(nearest) if number[i] < 0})
     if lacking:
         count, listed = int((number[nearest] < 0).sum()), ", ".join(f"{w} × {h}" for w, h in lacking)
-        raise CacheError(f"{count:,} of {len(nearest):,} pictures of {source.name} belong to sizes of which the cache has no latents ({listed}): {_remedy(latents[0])}")
+        what = f"{count:,} of {len(nearest):,} pictures of {source.name} belong to sizes of which the cache has no latents ({listed})"
+        raise CacheError(f"{what}: {_remedy(latents[0])}")
     return number[nearest]
 
 # %% ../nbs/22_cached.ipynb #1f2546f8

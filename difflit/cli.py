@@ -10,10 +10,11 @@ __all__ = ['app', 'shards', 'Paths', 'TarLayout', 'Columns', 'caches', 'Cache', 
            'cache_verify_command', 'cache_prune_command', 'cache_import_command', 'cache_export_command',
            'pull_command', 'new_command', 'presets_command', 'main']
 
-# %% ../nbs/80_cli.ipynb #7c2e32ba
+# %% ../nbs/80_cli.ipynb #eaf6cac7
 import re
 import shutil
 import sys
+import time
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
@@ -364,14 +365,20 @@ def _stores(cache: str) -> dict[str, Any]:
             found[f"{folder.parent.name}/{folder.name}"] = error
     return found
 
-# %% ../nbs/80_cli.ipynb #31ebfe3f
+# %% ../nbs/80_cli.ipynb #82726cd8
+def _day(seconds: float) -> str:
+    "A time for people."
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+
+
 def _sets(cache: str) -> list[str]:
     "The tables of data sets in a cache, a line each; what is wrong with them, too."
     from difflit.caching import CacheError
-    from difflit.cached import list_sets
+    from difflit.cached import list_captions, list_sets
 
     try:
-        return [str(table) for table in list_sets(cache)]
+        tables = [f"{table}, used {_day(table.used)}" for table in list_sets(cache)]
+        return tables + [f"{table}, used {_day(table.used)}" for table in list_captions(cache)]
     except CacheError as error:
         return [f"damaged: {error}"]
 
@@ -398,7 +405,7 @@ def cache_show_command(cache: Cache) -> None:
     sets = _sets(cache)
     typer.echo("\n".join([f"{len(stores)} stores, {len(sets)} data sets", *(f"  {line}" for line in sets)]))
 
-# %% ../nbs/80_cli.ipynb #b46a6192
+# %% ../nbs/80_cli.ipynb #30d0d95d
 @caches.command("verify")
 def cache_verify_command(
     cache: Cache,
@@ -429,35 +436,42 @@ def cache_prune_command(
     dry_run: Annotated[bool, typer.Option("-n", "--dry-run", help="only say what would go")] = False,
     check: Annotated[bool, typer.Option("--check", help="read every byte to find what is damaged")] = False,
     store: Annotated[str | None, typer.Option(help="remove this whole store, by its name in `cache show`")] = None,
+    forget: Annotated[list[str] | None, typer.Option(help="how the digest of a data set in `cache show` begins: it counts no more; may be repeated")] = None,
+    older_than: Annotated[float | None, typer.Option(min=0, help="days: data sets that were not used for so long count no more")] = None,
 ) -> None:
     "Remove what no data set asks for, and what is damaged. Says what would go; nothing goes without --yes."
-    from difflit.filling import find_waste, prune_cache
+    from difflit.filling import find_waste, forgotten, prune_cache
 
     found = _stores(cache)
+    if store is not None and (forget or older_than is not None):
+        raise SettingsError("--store removes one store; --forget and --older-than are about data sets: give them one after the other")
     if store is not None and store not in found:
         raise SettingsError(f"{cache} has no store {store!r}{nearest(store, found)}")
     if store is not None:
         lines = [f"{store}: all of it" + ("" if isinstance(found[store], Exception) else f", {len(found[store]):,} entries")]
     else:
-        wasted = [w for w in find_waste(cache, check) if w.orphans or w.damaged]
-        lines = [f"{_store_name(w.store)}: {w.orphans:,} of {len(w.store):,} entries that no data set asks for, {w.damaged:,} damaged" for w in wasted]
+        gone = forgotten(cache, forget or [], older_than)
+        wasted = [w for w in find_waste(cache, check, gone) if w.orphans or w.damaged]
+        lines = [f"data set: {table}, used {_day(table.used)}" for table in gone]
+        lines += [f"{_store_name(w.store)}: {w.orphans:,} of {len(w.store):,} entries that no data set asks for, {w.damaged:,} damaged" for w in wasted]
         lines += [f"{name}: cannot be opened; --store {name} removes it" for name, s in found.items() if isinstance(s, Exception)]
     typer.echo("\n".join(lines or ["nothing to remove"]))
     if dry_run or not yes:
         typer.echo("Nothing was removed." + ("" if dry_run else " --yes does it."))
     elif store is None:
-        typer.echo(f"{prune_cache(cache, check) / 1e6:,.1f} MB freed")
+        typer.echo(f"{prune_cache(cache, check, gone) / 1e6:,.1f} MB freed")
     elif isinstance(found[store], Exception):
         shutil.rmtree(Path(cache) / store)
     else:
         typer.echo(f"{found[store].remove() / 1e6:,.1f} MB freed")
 
-# %% ../nbs/80_cli.ipynb #43c6a3d0
+# %% ../nbs/80_cli.ipynb #f65726b9
 @caches.command("import")
 def cache_import_command(
     where: Annotated[str, typer.Argument(help="folder of pictures with files beside them, or a manifest (.csv)")],
     cache: Cache,
-    suffix: Annotated[str, typer.Option(help="of the files, such as .img_sdxl or .txt_t5cache; empty: as the manifest says")] = "",
+    suffix: Annotated[str, typer.Option(help="of the files, such as .img_sdxl or .txt_t5cache, which is also what a run calls them; of a manifest: "
+                                             "only the latter (default: the ending of its files)")] = "",
     vae: Annotated[str | None, typer.Option(help="latents: the autoencoder they were made with")] = None,
     text_encoder: Annotated[str | None, typer.Option(help="text: the encoder they were made with")] = None,
     image_size: Annotated[int, typer.Option(min=8, help="latents: pixels along a side")] = 512,
@@ -472,14 +486,15 @@ def cache_import_command(
     from difflit.caching import Store
     from difflit.filling import latent_recipe
     from difflit.pipelines import load_autoencoder, load_text_encoder
-    from difflit.sidecars import import_sidecars, sidecar_recipe
+    from difflit.sidecars import import_sidecars, mark_of, sidecar_recipe
 
+    suffix = mark_of(where, "text" if vae is None else "latents", suffix)
     if vae is not None:
         recipe = latent_recipe(load_autoencoder(vae), image_size, dtype=dtype)
     else:
         recipe = load_text_encoder(str(text_encoder), weights=False).recipe(length, dtype)
     store = Store(cache, sidecar_recipe(recipe, suffix))
-    typer.echo(f"{import_sidecars(where, store, suffix, factor=factor, check_times=not any_age)}\nin {_store_name(store)}")
+    typer.echo(f"{import_sidecars(where, store, suffix, factor=factor, check_times=not any_age)}\nin {_store_name(store)}; runs take it by imported={suffix}")
 
 
 @caches.command("export")

@@ -85,7 +85,7 @@ class Settings(BaseModel):
                 read[name] = value
         return read
 
-# %% ../nbs/00_config.ipynb #56881230
+# %% ../nbs/00_config.ipynb #9e3e6942
 class RunSettings(Settings):
     "What every kind of run has."
 
@@ -102,7 +102,7 @@ class RunSettings(Settings):
 class DataSettings(RunSettings):
     "What is trained on, and how it is handed over."
 
-    data: str = Field("shapes", description="shapes, digits, emoji, a folder of images with captions, tars (x/{000..099}.tar), or a mixture: 0.7*a + 0.3*b")
+    data: str = Field("shapes", description="shapes, digits, emoji, a folder of images with captions, tars (x/{00..99}.tar), a mixture: 0.7*a + 0.3*b; cache")
     image_size: int = Field(32, ge=8, le=1024, description="pixels along a side")
     limit: int | None = Field(None, ge=1, description="use only so many training samples (None: all)")
     uncond_p: float = Field(0.1, ge=0, le=1, description="share of captions dropped, for classifier-free guidance")

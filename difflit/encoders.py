@@ -197,7 +197,7 @@ def open_encoders(
     memory = {"tiling": settings.vae_tiling, "slicing": settings.vae_slicing}
     return Encoders(vae, text, options=options, device=device, text_precision=precision, cache=settings.cache, **memory)
 
-# %% ../nbs/38_encoders.ipynb #2ea1d1a6
+# %% ../nbs/38_encoders.ipynb #f4d92cb2
 def imported_suffix(
     settings: CacheSettings,  # resolved
     kind: str,  # latents or text
@@ -238,7 +238,7 @@ def text_recipe(
     recipe, suffix = encoder.recipe(encoder.length, settings.cache_dtype, **computed), imported_suffix(settings, "text")
     return sidecar_recipe(recipe, suffix) if suffix else recipe
 
-
+# %% ../nbs/38_encoders.ipynb #72c1966f
 def _but_precision(recipe: Recipe) -> str:
     "The digest of a recipe, whatever it was computed in."
     return replace(recipe, settings={k: v for k, v in recipe.settings.items() if k != "computed"}).digest

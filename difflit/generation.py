@@ -146,7 +146,7 @@ def _latent_pipeline(path: str, model: LatentDenoiser, card: Mapping[str, Any], 
     return Pipeline(model.to(memory_format=torch.channels_last), Diffusion(**card["diffusion"]), reader, int(card["image_size"]), card.get("sampling", {}),
                     autoencoder=encoders.autoencoder)
 
-# %% ../nbs/51_generation.ipynb #3014fbb7
+# %% ../nbs/51_generation.ipynb #b8b385e4
 def _official_sampling(upsamples: bool, inpaints: bool) -> dict[str, Any]:
     "How OpenAI's notebooks sample."
     if upsamples:
@@ -164,7 +164,7 @@ def load_pipeline(
     if _is_diffusers(path):
         return _diffusers_pipeline(path, where)
     if not Path(path).exists() and str(path) not in OFFICIAL:
-        hint = nearest(Path(path).name, [*OFFICIAL, "sd15", "tiny"])
+        hint = nearest(Path(path).name, [*OFFICIAL, "sd15"])
         raise SettingsError(f"{path} holds no model: there is no such run, checkpoint or file, and no model of that name{hint}")
     if Path(path).is_dir() or not (Path(path).is_file() or str(path) in OFFICIAL):
         model, card = load_model(path, device=where)

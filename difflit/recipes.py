@@ -500,7 +500,7 @@ def _load_stream(folder: Path, step: int, loader: StreamLoader) -> None:
         raise DataError(f"{folder.name} does not know where in the stream step {step} was: {pattern.parent.name}/{pattern.name} is missing")
     loader.load_state_dict([read_json(file) for file in files], seen=pattern.parent)
 
-# %% ../nbs/71_recipes.ipynb #a1678840
+# %% ../nbs/71_recipes.ipynb #1d5f8cd0
 _MOST_PARTS = 100_000
 
 
@@ -535,7 +535,7 @@ def data_changes(
             said.append(f"{name} has changed" + (f" ({', '.join(f'{k}: {old[k]} → {new.get(k)}' for k in keys)})" if keys else f" ({old} → {new})"))
     return said[:shown] + ([f"… and {len(said) - shown} more"] if len(said) > shown else [])
 
-
+# %% ../nbs/71_recipes.ipynb #a340b32b
 _FIXED = ("schedule", "target", "zero_terminal_snr", "betas", "timesteps", "shift")
 _FREE = {"run_dir", "resume", "preset", "steps", "epochs", "device", "workers", "progress", "keep_checkpoints", "fill"}
 
@@ -554,7 +554,7 @@ def _changed_settings(run: Run, checkpoint: Checkpoint) -> list[str]:
     changed = [f"{n}: {before.get(n)} → {now.get(n)}" for n in {**before, **now} if n not in _FREE and n in before and before.get(n) != now.get(n)]
     return [f"settings that were changed at this resume: {', '.join(changed)}"] if changed else []
 
-
+# %% ../nbs/71_recipes.ipynb #a87a28d7
 def _resume(run: Run, state: TrainState, loader: Loader | CachedLoader | StreamLoader) -> list[str]:
     "Bring a state and a loader to the newest whole checkpoint, and say which. Raises `CheckpointError` that says what does not fit."
     where = run.path if run.settings.resume == "auto" else Path(run.settings.resume)

@@ -164,7 +164,7 @@ def sidecar_recipe(
     kept = {k: v for k, v in recipe.settings.items() if k not in ("moments", "computed")} | {"imported": suffix}  # who knows what others computed in
     return replace(recipe, shape=shape, settings=kept, pooled=0)
 
-# %% ../nbs/23_sidecars.ipynb #c155d58e
+# %% ../nbs/23_sidecars.ipynb #23c1c4d0
 def mark_of(
     where: str | Path | Source,  # a folder, a manifest (.csv), or an opened folder source
     kind: str,  # latents or text
@@ -177,12 +177,12 @@ def mark_of(
             raise CacheError(f"say by --suffix what the files beside the pictures end in, such as {begins}_sdxl")
         endings = sorted({Path(getattr(item, column)).suffix for item in read_manifest(where) if getattr(item, column)})
         if len(endings) != 1:
-            raise CacheError(f"{where}: files in the column {column} end in {', '.join(e or 'nothing' for e in endings)}; say by --suffix {begins}_NAME how a run "
-                             "shall call them" if endings else f"{where} lists no files in the column {column}; --suffix takes those that lie beside the pictures")
+            several = f"{where}: files in the column {column} end in {', '.join(e or 'nothing' for e in endings)}; say by --suffix {begins}_NAME what they are"
+            raise CacheError(several if endings else f"{where} lists no files in the column {column}; --suffix takes those beside the pictures")
         suffix = endings[0]
     if not suffix.startswith(begins):
-        raise CacheError(f"{suffix or 'files without an ending'}: a run calls imported {kind} by the setting imported, as {begins}…; list these files in a manifest "
-                         f"(column {column}) and say --suffix {begins}_NAME")
+        raise CacheError(f"{suffix or 'files without an ending'}: a run calls imported {kind} by the setting imported, as {begins}…; list these files in "
+                         f"a manifest (column {column}) and say --suffix {begins}_NAME")
     return suffix
 
 # %% ../nbs/23_sidecars.ipynb #aac768cc

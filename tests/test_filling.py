@@ -161,7 +161,7 @@ torch.set_num_threads(1)
 from difflit import filling
 from difflit.folders import FolderSource
 from means import Means
-filling._WRITE_SECONDS = {write}
+filling._WRITE_SECONDS = ({write}, {write})
 class Slow(Means):
     def encode(self, images):
         print("batch", flush=True)
