@@ -46,6 +46,9 @@ bench: $(STAMP)
 	$(BIN)/python tests/bench/train_step.py
 	$(BIN)/python tests/bench/index_rate.py
 	$(BIN)/python tests/bench/loading.py --only webdataset-pil webdataset decode
+	$(BIN)/python tests/bench/latent_step.py
+	$(BIN)/python tests/bench/cache.py
+	$(BIN)/python tests/bench/fill.py
 
 readme: $(STAMP)
 	$(BIN)/python tests/build_readme.py

@@ -31,7 +31,6 @@ from difflit.models import build_model, family, freeze, model_card, reinitialise
 from difflit.tasks import LatentDiffusion
 from difflit.training import EMA
 
-torch.set_num_threads(1)
 PROMPT = "a red circle on a blue background"
 
 
