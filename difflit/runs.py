@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STATES', 'HEARTBEAT_SECONDS', 'DEAD_AFTER_SECONDS', 'environment_record', 'rank_and_world', 'RunError', 'read_status',
-           'Run', 'finish', 'fail', 'open_run', 'open_notebook_run', 'list_runs']
+           'Run', 'finish', 'fail', 'open_run', 'skip_later_cells', 'open_notebook_run', 'list_runs']
 
 # %% ../nbs/03_runs.ipynb #82ee0cfe
 import atexit
@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import platform
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping
 from datetime import datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -137,10 +139,13 @@ class Run:
         self.rank, self.world = rank_and_world()
         self.settings: Any = None
         self.resumed = False
+        self.began = time.time()  # what a time limit is counted from
         self.earlier: str | None = None  # the settings that a resumed run had, should the new ones be refused
         self._status: dict[str, Any] = {"kind": kind, "preset": preset}
         self._stop, self._write_lock = threading.Event(), threading.Lock()
         self._thread: threading.Thread | None = None
+        self._signals: list[tuple[int, Any]] = []
+        self._skipping, self._said, self._cell_ended = "", False, 0.0
 
     @property
     def main(self) -> bool:
@@ -198,6 +203,32 @@ def _beat(run: Run) -> None:
             run.update()
 
 
+_LAST_WORDS = (signal.SIGTERM, signal.SIGUSR2)
+
+
+def _take_signals(run: Run) -> None:
+    "Outside the training loop, which listens by itself, a scheduler's signal ends the process as ever, but not without a word in the status."
+
+    def tell(number: int, frame: Any) -> None:
+        finish(run, "preempted", f"{signal.Signals(number).name} outside the training loop")
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in _LAST_WORDS:
+            if signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, tell)
+                run._signals.append((number, tell))
+
+
+def _give_signals_back(run: Run) -> None:
+    "As they were, unless somebody else has taken them since."
+    for number, tell in run._signals:
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(number) is tell:
+            signal.signal(number, signal.SIG_DFL)
+    run._signals = []
+
+
 def _begin(run: Run) -> None:
     "Take the directory: lock, status, heartbeat, log file."
     run.path.mkdir(parents=True, exist_ok=True)
@@ -214,6 +245,7 @@ def _begin(run: Run) -> None:
     run._thread = threading.Thread(target=_beat, args=(run,), daemon=True, name="difflit heartbeat")
     run._thread.start()
     atexit.register(_at_exit, run)
+    _take_signals(run)
 
 # %% ../nbs/03_runs.ipynb #da979e39
 def _end(run: Run, state: str, reason: str | None) -> None:
@@ -221,12 +253,24 @@ def _end(run: Run, state: str, reason: str | None) -> None:
     if run.state != "running":
         return
     run._stop.set()
+    _give_signals_back(run)
     logging.getLogger("difflit").info("%s%s", state, f": {reason}" if reason else "")
     run.update(state=state, reason=reason, ended=datetime.now().astimezone().isoformat(timespec="seconds"))
     if run.main:
         (run.path / "lock").unlink(missing_ok=True)
+    elif state == "failed":
+        _speak_for_rank_0(run, reason)
     logging.getLogger("difflit").removeHandler(run._handler)  # type: ignore[attr-defined]
     run._handler.close()  # type: ignore[attr-defined]
+
+
+def _speak_for_rank_0(run: Run, reason: str | None) -> None:
+    "A rank that fails because rank 0 was killed says so in its place."
+    with contextlib.suppress(OSError, ValueError):
+        status = read_status(run.path) or {}
+        if status.get("state") == "dead":
+            write_json(run.path / "status.json", status | {"state": "failed", "reason": f"rank 0 was killed; rank {run.rank} says: {reason}"})
+            (run.path / "lock").unlink(missing_ok=True)
 
 
 def _at_exit(run: Run) -> None:
@@ -238,9 +282,10 @@ def _at_exit(run: Run) -> None:
 def finish(
     run: Run,  # a run that is under way
     state: str = "done",  # done, preempted or pruned
+    reason: str | None = None,  # why, if not because it is done
 ) -> None:
-    "End a run that reached its end."
-    _end(run, state, None)
+    "End a run that reached its end, or was asked to stop and saved."
+    _end(run, state, reason)
 
 
 def fail(
@@ -271,6 +316,25 @@ def _choose_path(given: Mapping[str, Any], world: int) -> tuple[Path, str]:
     return Path(str(run_dir)), resume
 
 
+def _launch() -> str:
+    "What all processes of one launch have in common, and no other launch."
+    return ".".join(os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT", "SLURM_JOB_ID"))
+
+
+def _await_rank_0(path: Path, seconds: float = 300.0) -> dict[str, Any]:
+    "The status of a directory that rank 0 of this launch has opened. Raises `RunError` if it could not, or does not come."
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with contextlib.suppress(ValueError, OSError):
+            status = read_json(path / "status.json")
+            if status.get("launch") == _launch():
+                if status["state"] == "running":
+                    return status
+                raise RunError(f"rank 0 did not open {path}: {status.get('reason')}")
+        time.sleep(0.1)
+    raise RunError(f"rank 0 has not opened {path} within {seconds:g} s: do all processes see the same directory?")
+
+
 def open_run(
     given: Mapping[str, Any],  # parameters by name, as typed
     file: str | Path | None = None,  # a YAML file of settings below them
@@ -283,11 +347,12 @@ def open_run(
     given.pop("PAPERMILL_INPUT_PATH", None)
     rank, world = rank_and_world()
     path, resume = _choose_path(given, world)
+    opened = _await_rank_0(path) if rank else {}
     before = read_status(path) if rank == 0 else None
     if before and resume == "never":
         raise RunError(f"{path} already holds a run ({before['state']}, step {before.get('step', 0)}); give resume=auto to go on with it, or another run_dir")
     run = Run(path, kind, str(given.get("preset", "shapes")))
-    run.resumed = resume != "never" and (path / "settings.yaml").exists()
+    run.resumed = opened.get("resumed", resume != "never" and (path / "settings.yaml").exists())
     _begin(run)
     try:
         saved = path / "settings.yaml" if run.resumed else None
@@ -297,10 +362,38 @@ def open_run(
         if run.main:
             atomic_write(path / "settings.yaml", settings_yaml(run.settings))
             write_json(path / "environment.json", environment_record() | ({"report": str(report)} if report else {}))
+        run.update(launch=_launch(), resumed=run.resumed)
     except BaseException as error:
+        run.note(launch=_launch())
         fail(run, error)
         raise
     return run
+
+# %% ../nbs/03_runs.ipynb #2dd2164a
+def skip_later_cells(
+    run: Run,  # that was stopped, or has nothing more to do on this rank
+    why: str,  # printed once
+) -> None:
+    "From now on the notebook's cells do nothing. Outside of a notebook: no effect."
+    run._skipping, run._cell_ended = why, time.monotonic()
+
+
+def _cell_of(run: Run, lines: list[str]) -> list[str]:
+    "A cell as it is to be run."
+    if not run._skipping or not "".join(lines).strip():
+        return lines
+    interactive = not any(word in " ".join(_command()) for word in ("papermill", "nbconvert", "nbclient", "execute"))
+    if interactive and time.monotonic() - run._cell_ended > 1.0:
+        run._skipping = ""  # a person, who knows what he wants
+        return lines
+    why, run._said = run._skipping if not run._said else "", True
+    return [f"print({why!r})\n" if why else "pass\n"]
+
+
+def _after_cell(run: Run, result: Any) -> None:
+    "What the kernel calls after each cell."
+    run._cell_ended = time.monotonic()
+    _fail_on_error(run, result)
 
 # %% ../nbs/03_runs.ipynb #923e367e
 def _fail_on_error(run: Run, result: Any) -> None:
@@ -321,7 +414,10 @@ def open_notebook_run(
         from IPython.core.getipython import get_ipython
 
         shell: Any = get_ipython()
-        shell.events.register("post_run_cell", lambda result: _fail_on_error(run, result))
+        shell.events.register("post_run_cell", lambda result: _after_cell(run, result))
+        for old in [f for f in shell.input_transformers_cleanup if getattr(f, "func", None) is _cell_of]:
+            shell.input_transformers_cleanup.remove(old)
+        shell.input_transformers_cleanup.append(partial(_cell_of, run))
     return run
 
 # %% ../nbs/03_runs.ipynb #7bac5226
