@@ -34,9 +34,6 @@ from .diffusion import loss_by_bin
 from .files import atomic_write
 
 # %% ../nbs/46_tracking.ipynb #d84c5234
-<<<<<<< HEAD
-TIMING_COLUMNS = ("seconds", "images_per_second", "data_wait", "memory_gb")
-=======
 TIMING_COLUMNS = ("seconds", "images_per_second", "data_wait", "memory_gb", "peak_share", "save_seconds")
 
 
@@ -44,7 +41,6 @@ def _whole_lines(path: Path) -> list[str]:
     "The lines of a file that were written to their end."
     text = path.read_text(encoding="utf-8", errors="replace")
     return [line.removesuffix("\r") for line in text.split("\n")[:-1]]
->>>>>>> work-tracking
 
 
 def read_metrics(
@@ -58,15 +54,6 @@ def read_metrics(
     header, body = rows[0], [row for row in rows[1:] if len(row) == len(rows[0])]
     return {name: np.array([float(row[i]) if row[i] else math.nan for row in body]) for i, name in enumerate(header)}
 
-<<<<<<< HEAD
-# %% ../nbs/46_tracking.ipynb #8df54343
-def _rewrite(path: Path, columns: Sequence[str], last_step: int) -> None:
-    "Bring an existing table to the given columns and drop rows after `last_step`."
-    with open(path, newline="", encoding="utf-8") as f:
-        rows = [row for row in csv.DictReader(f) if row.get("step") and None not in row.values() and int(row["step"]) <= last_step]
-    lines = [",".join(columns)] + [",".join(row.get(c, "") for c in columns) for row in rows]
-    atomic_write(path, "\n".join(lines) + "\n")
-=======
 # %% ../nbs/46_tracking.ipynb #b4e649b4
 class Sink:
     "Somewhere that numbers go. A sink of one's own overrides `log`, and the rest where it matters."
@@ -88,7 +75,6 @@ class Sink:
 
     def close(self) -> None:
         "Write what waits, and let go."
->>>>>>> work-tracking
 
 
 SINKS: dict[str, Callable[..., Sink]] = {}
@@ -401,8 +387,6 @@ def close(
     _to_sinks(tracker, lambda target: target.close())
     tracker.sinks = {}
 
-<<<<<<< HEAD
-=======
 # %% ../nbs/46_tracking.ipynb #d2bcfb2f
 class Metric(NamedTuple):
     "A number of the user's own."
@@ -444,7 +428,6 @@ def measure_metrics(
                 raise RuntimeError(f"the metric {name!r} failed at step {step}: {type(error).__name__}: {error}") from error
     return found
 
->>>>>>> work-tracking
 # %% ../nbs/46_tracking.ipynb #6ccb5d19
 def smooth(
     values: Sequence[float] | np.ndarray,  # one-dimensional
