@@ -196,7 +196,7 @@ def _add_gradients(pairs: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> None:
     if sums:
         torch._foreach_add_(sums, more)
 
-# %% ../nbs/41_precision.ipynb #a085b29d
+# %% ../nbs/41_precision.ipynb #b0d7aaec
 class MasterWeights:
     "fp32 copies of a network's trained half-precision weights, and the sums of their gradients."
 
@@ -209,7 +209,7 @@ class MasterWeights:
         self.by_parameter: dict[nn.Parameter, nn.Parameter] = {p: self._master(p) for p in model.parameters()}  # the network's → the optimizer's
         self.pairs = [(p, master) for p, master in self.by_parameter.items() if p is not master]  # half precision and its copy
         self._bytes = [master.untyped_storage().nbytes() for _, master in self.pairs]
-        self._release()
+        self.release()
 
     @staticmethod
     def _master(p: nn.Parameter) -> nn.Parameter:
@@ -245,9 +245,10 @@ class MasterWeights:
                 p.copy_(stochastic_round(master.detach(), p.dtype, generator))
         elif self.pairs:
             torch._foreach_copy_([p for p, _ in self.pairs], [master for _, master in self.pairs])
-        self._release()
+        self.release()
 
-    def _release(self) -> None:
+    def release(self) -> None:
+        "Give the memory of transient copies back; `gather` fills them anew."
         if self.transient:
             for _, master in self.pairs:
                 master.untyped_storage().resize_(0)
