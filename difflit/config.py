@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'SettingsError', 'nearest', 'Settings', 'RunSettings', 'DataSettings', 'CacheSettings', 'FillSettings',
-           'ModelSettings', 'TrainSettings', 'preset', 'shapes', 'digits', 'emoji', 'folder', 'glide_base',
-           'glide_inpaint', 'glide_upsample', 'glide_base_tiny', 'glide_inpaint_tiny', 'glide_upsample_tiny',
-           'noised_clip', 'clean_clip', 'latent_tiny', 'sd15', 'sd15_t5_sdxlvae', 'read_settings', 'what_is_given',
-           'resolve', 'notebook_parameters', 'settings_yaml', 'settings_table', 'parameters_cell']
+           'ModelSettings', 'OptimizerSettings', 'SurvivalSettings', 'TrainSettings', 'preset', 'shapes', 'digits',
+           'emoji', 'folder', 'glide_base', 'glide_inpaint', 'glide_upsample', 'glide_base_tiny', 'glide_inpaint_tiny',
+           'glide_upsample_tiny', 'noised_clip', 'clean_clip', 'latent_tiny', 'sd15', 'sd15_t5_sdxlvae',
+           'read_settings', 'read_options', 'what_is_given', 'resolve', 'notebook_parameters', 'settings_yaml',
+           'settings_table', 'parameters_cell']
 
 # %% ../nbs/00_config.ipynb #2acafd7f
 import ast
 import difflib
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -94,7 +96,8 @@ class RunSettings(Settings):
     run_dir: str | None = Field(None, description="where the run lives (None: runs/<time>-<preset>)")
     init_from: str | None = Field(None, description="weights to start from: run, checkpoint, .pt, .safetensors, base, sd15, …; scratch: none")
     resume: str = Field("never", description="never, auto (go on if run_dir holds a run), or a checkpoint's path")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="of the network's arithmetic; weights and averages stay fp32")
+    precision: Literal["auto", "fp32", "bf16", "fp16", "pure-bf16", "bf16-master", "fp16-master"] = Field(
+        "auto", description="number format; fp32, bf16, fp16: of the arithmetic over fp32 weights; pure-bf16, …-master: of the weights too; averages stay fp32")
     deterministic: bool = Field(False, description="bit-exact on a GPU too, slower (a CPU always is)")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
 
@@ -191,13 +194,9 @@ class ModelSettings(CacheSettings):
         return self
 
 # %% ../nbs/00_config.ipynb #3c18a8a6
-class TrainSettings(ModelSettings):
-    "All settings of `nbs/train.ipynb`."
+class OptimizerSettings(ModelSettings):
+    "How the weights are moved, and what averages are kept of them."
 
-    steps: int | None = Field(None, ge=0, description="weight updates (give steps or epochs); 0 only looks at the given weights")
-    epochs: float | None = Field(None, gt=0, description="passes over the training data, instead of steps")
-    batch_size: int = Field(64, ge=1, description="images per weight update, over all devices")
-    accumulate: int = Field(1, ge=1, description="micro-batches per weight update on each device")
     lr: float = Field(2e-3, gt=0, lt=10, description="peak learning rate")
     train_parts: str = Field("all", description="what trains, the rest is frozen: all, unet, text, attention, cross, … or name patterns; -part takes away")
     lr_scales: str = Field("auto", description="factors on the learning rate by part, comma between; auto: a tenth for a GLIDE's text tower")
@@ -205,10 +204,51 @@ class TrainSettings(ModelSettings):
     text_cache_mb: int = Field(512, ge=0, description="memory for what a frozen text tower says, 10⁶ bytes; 0: ask it every time")
     warmup_steps: int | None = Field(None, ge=0, description="steps of rising learning rate (None: a tenth of all)")
     weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled decay, on matrices alone")
-    optimizer: str = Field("adamw", description="adamw, adafactor, sgd, …; with bitsandbytes adamw8bit, paged-adamw8bit, lion8bit")
+    decays: str = Field("", description="weight decay by name pattern in place of weight_decay, comma between: *.proj.*: 0.1")
+    optimizer: str = Field("adamw", description="adamw, adafactor, sgd, muon, lion, prodigy, schedulefree-adamw, adamw8bit …; some need a package of their own")
+    optimizer_options: str = Field("", description="further arguments of the optimizer, comma between: eps: 1e-6, betas: 0.9 0.95")
     beta2: float = Field(0.99, gt=0, lt=1, description="AdamW's second-moment decay")
+    lr_schedule: str = Field("cosine", description="constant, linear, cosine, cosine-restarts, step, inverse-sqrt, one-cycle, plateau; all with warm-up")
+    lr_options: str = Field("", description="options of the schedule, comma between: floor: 0.1, cycles: 4, patience: 5")
     clip_norm: float = Field(1.0, ge=0, description="largest norm of the whole gradient; 0 clips nothing")
+    loss_scale: float = Field(256.0, gt=0, description="of fp16: what the dynamic loss scale starts at")
+    keep_fp32: str = Field("", description="of pure-bf16 and …-master: layers that stay in fp32 besides norms and ends, name patterns, comma between")
+    losses: str = Field("", description="further losses with their weights, comma between: perceptual, adversarial, huber, each with an equals sign and its weight")
+    class_weights: str = Field("", description="metadata key whose rarer classes weigh more in the loss; behind a colon beta, 0.999 if absent")
     ema_decay: float = Field(0.99, ge=0, lt=1, description="of the weights' running average, kept in fp32")
+    averages: str = Field("", description="further averages, comma between: a decay, or power:WIDTH (EDM2): power:0.05, power:0.1")
+    ema_device: Literal["same", "cpu"] = Field("same", description="where averages lie: beside the weights, or in the machine's memory")
+    snapshot_every_steps: int | None = Field(None, ge=1, description="keep power averages for reconstructing any width later (None: never)")
+
+
+class SurvivalSettings(OptimizerSettings):
+    "Stopping, saving, and what happens when a step goes wrong."
+
+    on_nonfinite: Literal["stop", "skip", "rollback"] = Field("stop", description="a loss that is no number: stop; skip: leave the batch out; rollback: back to a checkpoint")
+    recoveries: int = Field(3, ge=0, description="how often a batch may be left out, or the run rolled back, before it fails")
+    rollback_rate: float = Field(0.5, gt=0, le=1, description="factor on the learning rate at each roll-back")
+    walltime: str | None = Field(None, description="stop and save before this time is over: 12:00:00, 90m, 1.5h; auto: what Slurm says (None: no limit)")
+    grace_seconds: float = Field(30.0, ge=0, description="time from a scheduler's SIGTERM or SIGUSR2 to its kill; 0: no limit")
+    early_stop: str = Field("", description="stop when this number no longer gets better: val_loss; +NAME where higher is better")
+    patience: int = Field(10, ge=1, description="measurements without improvement that early_stop waits for")
+    improvement: float = Field(0.0, ge=0, lt=1, description="smallest improvement that counts for early_stop, as a share of the best")
+    keep_every_steps: int = Field(0, ge=0, description="checkpoints whose step this divides stay for ever; 0: none")
+    keep_best: int = Field(0, ge=0, description="how many of the best checkpoints stay besides the newest")
+    best_by: str = Field("val_loss", description="the number that best goes by; +NAME where higher is better")
+    parallel: Literal["ddp", "fsdp"] = Field("ddp", description="several processes: each holds the whole network, or a part of each weight")
+    sync: Literal["auto", "after", "overlap"] = Field("auto", description="exchange gradients after the backward pass (survives lack of memory) or during it; auto: after")
+    timeout_seconds: float = Field(1800.0, gt=0, description="longest silence of another process before the run fails")
+    trackers: str = Field("tensorboard", description="where metrics go besides metrics.csv, comma between: tensorboard, jsonl, wandb, prometheus, prometheus-file, none")
+    statistics_every_steps: int = Field(10, ge=0, description="gradient and weight norms by part of the network; 0: never")
+
+
+class TrainSettings(SurvivalSettings):
+    "All settings of `nbs/train.ipynb`."
+
+    steps: int | None = Field(None, ge=0, description="weight updates (give steps or epochs); 0 only looks at the given weights")
+    epochs: float | None = Field(None, gt=0, description="passes over the training data, instead of steps")
+    batch_size: int = Field(64, ge=1, description="images per weight update, over all devices")
+    accumulate: int = Field(1, ge=1, description="micro-batches per weight update on each device")
     validate_every_steps: int | None = Field(None, ge=1, description="validation loss (None: ten times a run)")
     validation_images: int = Field(256, ge=1, description="held-out images in the validation loss")
     sample_every_steps: int | None = Field(None, ge=1, description="picture of fixed prompts (None: five times a run)")
@@ -403,12 +443,22 @@ def _complaint(error: ValidationError, cls: type[Settings]) -> str:
     return "\n".join(lines)
 
 
+class _Loader(yaml.SafeLoader):
+    "YAML 1.1 reads 12:30:00 as the number 45000, in base 60; here it stays what was written."
+
+
+_Loader.yaml_implicit_resolvers = {key: [(tag, regexp) for tag, regexp in found if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")]
+                                   for key, found in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?$"), list("-+0123456789."))
+
+
 def read_settings(
     path: str | Path,  # a YAML file of `name: value` lines
 ) -> dict:  # as written
     "Read a settings file. Raises `SettingsError` that names the file if it is missing or is not a mapping of names."
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader) or {}  # noqa: S506: a SafeLoader
     except FileNotFoundError:
         raise SettingsError(f"there is no settings file {path}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -416,6 +466,22 @@ def read_settings(
     if not isinstance(values, dict):
         raise SettingsError(f"{path} must hold `name: value` lines, not a {type(values).__name__}")
     return values
+
+# %% ../nbs/00_config.ipynb #76230c25
+def read_options(
+    text: str,  # "floor: 0.1, cycles: 4", or with equals signs; several numbers: "betas: 0.9 0.95"
+    setting: str = "options",  # its name, for errors
+) -> dict[str, Any]:  # name → number, truth value, text or tuple of numbers
+    "Read a setting that is itself a few named values. Raises `SettingsError` that shows how it is written."
+    found: dict[str, Any] = {}
+    for part in (p.strip() for p in text.split(",") if p.strip()):
+        name, separator, value = (p.strip() for p in re.sub(r"[:=](?=[^:=]*$)", "\0", part, count=1).partition("\0"))
+        if not (name and separator and value):
+            raise SettingsError(f"{setting}={text!r}: {part!r} is no name with a value; write name: value, comma between")
+        words = [_plain(word) for word in value.split()]
+        truth = {"true": True, "false": False}.get(value.lower())
+        found[name] = truth if truth is not None else words[0] if len(words) == 1 else tuple(words) if all(isinstance(w, (int, float)) for w in words) else value
+    return found
 
 # %% ../nbs/00_config.ipynb #acbf08bd
 def what_is_given(
