@@ -30,7 +30,7 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 from transformers.utils import logging as transformers_logging
 
 from .config import SettingsError, nearest
@@ -533,7 +533,7 @@ def load_text_encoder(
     model.requires_grad_(False)
     return TextEncoder(model, tokenizer, called or _encoder_name(model), digest=component_digest(folder), source=folder, **options)
 
-# %% ../nbs/34_pipelines.ipynb #0e12dcdc
+# %% ../nbs/34_pipelines.ipynb #96965793
 _CLIP_G = {**_CLIP_L, "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20, "projection_dim": 1280,
            "hidden_act": "gelu"}
 _INSIDE = "cond_stage_model.transformer."
@@ -574,7 +574,7 @@ def _single_config(path: Path, shapes: Mapping[str, Sequence[int]], inside: bool
     known = known.get("text_config") or known
     return CLIPTextModelWithProjection if "text_projection.weight" in shapes and width != 768 else CLIPTextModel, known
 
-# %% ../nbs/34_pipelines.ipynb #ed6e3e7d
+# %% ../nbs/34_pipelines.ipynb #3bf4e245
 def _single_tokenizer(kind: Any, path: Path) -> Any:
     "From beside a single file, or from a model of the same kind that is here: all T5s read alike, and so do all CLIPs. Raises `SettingsError`."
     beside = path.with_suffix("")
