@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .adapters import add_lora, gradient_checkpointing, merge_lora, quicken, save_lora
+from .adapters import LORA_TARGETS, add_cross_attention, add_lora, gradient_checkpointing, merge_lora, quicken, save_lora
 from .augmentation import aspect_buckets
 from .caching import CacheError, Recipe, Store, caption_keys, list_stores
 from .config import CacheSettings, ModelSettings, SettingsError
@@ -393,15 +393,19 @@ def latent_network(
 
 
 def _adapt(settings: ModelSettings, model: LatentDenoiser, fresh: bool) -> list[str]:
-    "Adapters as they are asked for: those that given weights have go on, are merged, or make room for others."
+    "Attention and adapters as they are asked for: adapters that given weights have go on, are merged, or make room for others."
     notes = []
     if model.config.lora and model.config.lora.get("rank") != settings.lora_rank:
         notes.append(f"the adapters of rank {model.config.lora.get('rank')} in the given weights were merged into them")
         merge_lora(model)
+    added = add_cross_attention(model, seed=settings.seed) if getattr(settings, "add_attention", False) and not model.config.lora else []
+    if added:
+        notes.append(f"attention to words was added where there was none, {len(added)} tensors; the network answers as before until they learn")
     if settings.lora_rank and not model.config.lora:
-        targets = settings.lora_targets if settings.lora_targets == "attention" else [w.strip() for w in settings.lora_targets.split(",") if w.strip()]
+        named = settings.lora_targets in LORA_TARGETS
+        targets = settings.lora_targets if named else [w.strip() for w in settings.lora_targets.split(",") if w.strip()]
         new = ["cross_kv" if settings.projection == "replace" else "projection"] if fresh else []
-        add_lora(model, settings.lora_rank, settings.lora_alpha, targets, also=new)
+        add_lora(model, settings.lora_rank, settings.lora_alpha, targets, also=[*new, *added])
         if settings.init_from in (None, "scratch"):
             notes.append("adapters are trained on random weights: lora_rank is meant for given ones (init_from)")
     return notes

@@ -30,7 +30,7 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 from transformers.utils import logging as transformers_logging
 
 from .config import SettingsError, nearest
@@ -519,7 +519,7 @@ def load_text_encoder(
         return load_open_clip(str(name), dtype, device, called=called, weights=weights, **options)
     path = find_model(name)
     if path.is_file():
-        return _single_text(path, dtype, device, called, **options)
+        return _single_text(path, dtype, device, called, weights, **options)
     folder = _component(path, "text_encoder")
     config = read_json(folder / "config.json")
     by_type = {"clip": "CLIPModel", "clip_text_model": "CLIPTextModel", "t5": "T5EncoderModel"}
@@ -532,6 +532,97 @@ def load_text_encoder(
     model = _pretrained(kind, folder, _precision(dtype)).to(device) if weights else _outline(kind, folder)
     model.requires_grad_(False)
     return TextEncoder(model, tokenizer, called or _encoder_name(model), digest=component_digest(folder), source=folder, **options)
+
+# %% ../nbs/34_pipelines.ipynb #96965793
+_CLIP_G = {**_CLIP_L, "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20, "projection_dim": 1280,
+           "hidden_act": "gelu"}
+_INSIDE = "cond_stage_model.transformer."
+_OTHER_HALF = re.compile(r"(decoder|lm_head|vision_model|visual_projection|text_projection|logit_scale|spiece_model)|(^|\.)position_ids$")
+
+
+def _t5_by_shape(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    "The configuration of a T5 encoder whose tensors have these shapes."
+    block = "encoder.block.0.layer"
+    buckets, heads = shapes[f"{block}.0.SelfAttention.relative_attention_bias.weight"]
+    inner, width = shapes[f"{block}.0.SelfAttention.q.weight"]
+    words = shapes.get("shared.weight") or shapes["encoder.embed_tokens.weight"]
+    gated = f"{block}.1.DenseReluDense.wi_0.weight"
+    hidden = shapes[gated if gated in shapes else f"{block}.1.DenseReluDense.wi.weight"][0]
+    layers = 1 + max(int(n.split(".")[2]) for n in shapes if n.startswith("encoder.block."))
+    return {"vocab_size": words[0], "d_model": width, "d_kv": inner // heads, "d_ff": hidden, "num_layers": layers, "num_heads": heads,
+            "relative_attention_num_buckets": buckets, "feed_forward_proj": "gated-gelu" if gated in shapes else "relu", "use_cache": False}
+
+
+def _single_config(path: Path, shapes: Mapping[str, Sequence[int]], inside: bool) -> tuple[Any, dict[str, Any]]:
+    "What kind of text encoder lies in a file, and its configuration. Raises `SettingsError` if nobody knows it."
+    config = _beside(path, "text_encoder") or {}
+    if inside:
+        file = path.with_suffix("") / "text_encoder" / "config.json"
+        return CLIPTextModel, read_json(file) if file.is_file() else _CLIP_L
+    if any(n.startswith("encoder.block.") for n in shapes):
+        try:
+            return T5EncoderModel, config if config.get("model_type") == "t5" else _t5_by_shape(shapes)
+        except (KeyError, ValueError) as error:
+            raise SettingsError(f"{path} looks like a T5 encoder, but its tensors are not those of one: {error}") from None
+    width = next((shape[1] for n, shape in shapes.items() if n.endswith("embeddings.token_embedding.weight")), None)
+    if width is None:
+        raise SettingsError(f"{path} is a single file without a text encoder: neither {_INSIDE}*, as in Stable Diffusion 1, nor text_model.* of a CLIP, nor "
+                            "encoder.block.* of a T5 are among its tensors")
+    known = config if str(config.get("model_type")).startswith("clip") else {768: _CLIP_L, 1280: _CLIP_G}.get(width)
+    if known is None:
+        raise SettingsError(f"{path} holds a CLIP {width} wide, whose shapes do not tell its heads: put its config.json beside it, as {path.stem}.json")
+    known = known.get("text_config") or known
+    return CLIPTextModelWithProjection if "text_projection.weight" in shapes and width != 768 else CLIPTextModel, known
+
+# %% ../nbs/34_pipelines.ipynb #3bf4e245
+def _single_tokenizer(kind: Any, path: Path) -> Any:
+    "From beside a single file, or from a model of the same kind that is here: all T5s read alike, and so do all CLIPs. Raises `SettingsError`."
+    beside = path.with_suffix("")
+    places, usual = [beside / "tokenizer", beside], [n for n in MODELS if n.startswith("t5")]
+    missing = SettingsError("")
+    for name in usual if issubclass(kind, T5EncoderModel) else ["clip-l"]:
+        try:
+            places.append(found := find_model(name))
+            places.append(found / "tokenizer")
+        except SettingsError as error:
+            missing = error
+    try:
+        return _load_tokenizer(kind, places)
+    except SettingsError:
+        whose = "one of a T5 or" if issubclass(kind, T5EncoderModel) else "CLIP-L's or"
+        raise SettingsError(f"{path} brings no tokenizer: put the folder {beside.name}/tokenizer beside it, or take {whose} another; {missing}") from None
+
+
+def _fitting(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    "A file's tensors under the names that a network has for them. Raises `SettingsError` for those that are missing, left over, or of another shape."
+    mine = model.state_dict()
+    named = {n if n in mine else n.removeprefix("text_model."): t for n, t in tensors.items()}
+    for one, other in (("shared.weight", "encoder.embed_tokens.weight"), ("encoder.embed_tokens.weight", "shared.weight")):
+        if one in mine and one not in named and other in named:
+            named[one] = named[other]
+    named = {n: t for n, t in named.items() if n in mine or not _OTHER_HALF.search(n)}
+    if wrong := sorted({*mine} ^ {*named}) or sorted(n for n, t in named.items() if t.shape != mine[n].shape):
+        raise SettingsError(f"{path}: its text encoder does not fit: {', '.join(wrong[:3])}")
+    return named
+
+
+def _single_text(path: Path, dtype: str, device: str | torch.device, called: str | None = None, weights: bool = True, **options: Any) -> TextEncoder:
+    "The text encoder in a single file, alone or inside a Stable Diffusion 1; its tokenizer from beside it or from a known model's folder."
+    entries, _ = _header(path)
+    prefix = _INSIDE if any(n.startswith(_INSIDE) for n in entries) else ""
+    kind, config = _single_config(path, {n.removeprefix(prefix): e["shape"] for n, e in entries.items() if n.startswith(prefix)}, bool(prefix))
+    tokenizer, t5 = _single_tokenizer(kind, path), kind is T5EncoderModel
+    with torch.device("cpu" if weights and not t5 else "meta"), torch.random.fork_rng(devices=[]):  # ten gigabytes of random numbers are not drawn
+        model = kind(kind.config_class.from_dict(dict(config)))
+    if weights:
+        with safe_open(path, framework="pt") as file:
+            found = {n.removeprefix(prefix): file.get_tensor(n).to(_precision(dtype)) for n in entries if n.startswith(prefix)}
+        nn.Module.to(model, _precision(dtype)).load_state_dict(_fitting(path, model, found), assign=t5)
+        if t5:
+            model.encoder.embed_tokens = model.shared
+        nn.Module.to(model, device)
+    model.eval().requires_grad_(False)
+    return TextEncoder(model, tokenizer, called or _encoder_name(model), digest=component_digest(path, prefix), source=path, **options)
 
 # %% ../nbs/34_pipelines.ipynb #94935d1e
 class OpenClipText(nn.Module):
@@ -789,34 +880,6 @@ def _parts_of_file(name: str | Path, path: Path, wanted: Sequence[str], dtype: s
     if parts.unet is not None and parts.encoders:
         parts.config = LatentConfig(unet=unet_config(dict(parts.unet.config)), encoders={n: encoder_entry(e) for n, e in parts.encoders.items()})
     return parts
-
-
-def _single_text(path: Path, dtype: str, device: str | torch.device, called: str | None = None, **options: Any) -> TextEncoder:
-    "The CLIP text encoder in a single file; its tokenizer from beside it or from CLIP-L's folder."
-    prefix = "cond_stage_model.transformer."
-    entries = [n for n in _header(path)[0] if n.startswith(prefix)]
-    if not entries:
-        raise SettingsError(f"{path} is a single file without a text encoder of Stable Diffusion 1 ({prefix}*): name another, or put the weights of this "
-                            "one, its config.json and its tokenizer into one folder")
-    beside = path.with_suffix("")
-    config = read_json(beside / "text_encoder" / "config.json") if (beside / "text_encoder" / "config.json").is_file() else _CLIP_L
-    places = [beside / "tokenizer"]
-    if not places[0].is_dir():
-        try:
-            places = [find_model("clip-l")]
-        except SettingsError as error:
-            raise SettingsError(f"{path} brings no tokenizer: put the folder {beside.name}/tokenizer beside it, or take CLIP-L's; {error}") from None
-    model = CLIPTextModel(CLIPTextConfig.from_dict(dict(config)))
-    mine = model.state_dict()
-    with safe_open(path, framework="pt") as file:
-        tensors = {n.removeprefix(prefix): file.get_tensor(n) for n in entries if not n.endswith("position_ids")}
-    tensors = {n if n in mine else n.removeprefix("text_model."): t for n, t in tensors.items()}
-    if wrong := sorted(set(mine) ^ set(tensors)):
-        raise SettingsError(f"{path}: its text encoder does not fit: {', '.join(wrong[:3])}")
-    model.load_state_dict(tensors)
-    nn.Module.to(model, device, _precision(dtype)).eval().requires_grad_(False)
-    tokenizer, digest = _load_tokenizer(CLIPTextModel, places), component_digest(path, prefix)
-    return TextEncoder(model, tokenizer, called or _encoder_name(model), digest=digest, source=path, **options)
 
 # %% ../nbs/34_pipelines.ipynb #bce1a253
 def _store(component: Any, source: Path | None, target: Path, dtype: torch.dtype) -> None:

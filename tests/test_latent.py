@@ -312,6 +312,28 @@ def test_pulling_names_what_went_wrong_and_puts_things_where_they_are_found(sd, 
         pull("sd-15")
 
 
+def test_the_pull_command_and_a_node_without_a_network(sd, tmp_path, monkeypatch):
+    """`difflit pull` on a login node, twice the same way; on a compute node the first line says what is missing and how to get it."""
+    import huggingface_hub
+    from typer.testing import CliRunner
+
+    from difflit.cli import app
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, repository: FILES)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repository, allow_patterns, cache_dir, local_dir: str(shutil.copytree(sd, local_dir)))
+    done = CliRunner().invoke(app, ["pull", "sd15", "sdxl-vae", "--to", str(tmp_path / "store")])
+    assert done.exit_code == 0 and done.output.count(str(tmp_path / "store")) == 2, done.output
+    monkeypatch.setenv("DIFFLIT_MODELS", str(tmp_path / "store"))
+    assert load_parts("sd15").autoencoder.digest == component_digest(sd / "vae") and find_model("sdxl-vae").exists()
+
+    def no_network(*_, **__):
+        raise AssertionError("reached for the network")
+
+    monkeypatch.setattr("socket.socket.connect", no_network)
+    with pytest.raises(SettingsError, match=r"model 't5-xxl' is not on this machine: looked in .*where there is a network: difflit pull t5-xxl"):
+        load_text_encoder("t5-xxl", weights=False)
+
+
 # what weights are called
 
 def test_a_digest_does_not_depend_on_how_weights_are_cut(sd, tmp_path):
@@ -401,6 +423,83 @@ def test_a_whole_checkpoint_in_one_file(sd, tmp_path):
     assert torch.allclose(parts.autoencoder.decode(latents), wanted.autoencoder.decode(latents), atol=1e-6)
 
 
+def as_original_unet(tensors: dict) -> dict:
+    "A UNet of two levels and one block per level in the names of the original code, written out from its block numbers."
+    import re
+
+    resnet = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1",
+              "conv_shortcut": "skip_connection"}
+    outside = {"conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+               "conv_norm_out": "out.0", "conv_out": "out.2"}
+    places = {"down_blocks.0.resnets.0": "input_blocks.1.0", "down_blocks.0.attentions.0": "input_blocks.1.1",
+              "down_blocks.0.downsamplers.0.conv": "input_blocks.2.0.op", "down_blocks.1.resnets.0": "input_blocks.3.0",
+              "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1", "mid_block.resnets.1": "middle_block.2",
+              "up_blocks.0.resnets.0": "output_blocks.0.0", "up_blocks.0.resnets.1": "output_blocks.1.0",
+              "up_blocks.0.upsamplers.0.conv": "output_blocks.1.1.conv", "up_blocks.1.resnets.0": "output_blocks.2.0",
+              "up_blocks.1.attentions.0": "output_blocks.2.1", "up_blocks.1.resnets.1": "output_blocks.3.0",
+              "up_blocks.1.attentions.1": "output_blocks.3.1", **outside}
+    renamed = {}
+    for name, tensor in tensors.items():
+        start = next(p for p in places if name.startswith(p + "."))
+        rest = name.removeprefix(start + ".")
+        rest = re.sub(r"^(\w+)(?=\.)", lambda m: resnet.get(m[1], m[1]), rest) if ".resnets." in f".{start}." else rest
+        renamed[f"model.diffusion_model.{places[start]}.{rest}"] = tensor
+    assert len(renamed) == len(tensors)
+    return renamed
+
+
+def test_a_unet_in_one_file_in_either_naming(sd, tmp_path):
+    wanted, x = load_unet(sd), torch.randn(2, 4, 8, 8)
+    tensors, given = load_file(sd / "unet" / "diffusion_pytorch_model.safetensors"), (torch.tensor([3.0, 700.0]), torch.randn(2, 77, 32))
+    for label, content in (("new", tensors), ("old", as_original_unet(tensors))):
+        save_file(content, tmp_path / f"{label}.safetensors")
+        (tmp_path / label / "unet").mkdir(parents=True)
+        shutil.copy(sd / "unet" / "config.json", tmp_path / label / "unet")
+        with torch.no_grad():
+            assert torch.equal(load_unet(tmp_path / f"{label}.safetensors")(x, *given).sample, wanted(x, *given).sample), label
+
+
+@pytest.mark.parametrize("kind", ["gated-gelu", "relu"])
+def test_a_t5_in_one_file_needs_no_configuration(tmp_path, kind):
+    model, tokenizer = twins.tiny_t5()
+    config = type(model.config)(**{**model.config.to_dict(), "feed_forward_proj": kind, "num_layers": 3, "d_kv": 6})
+    with twins.seeded(4):
+        model = type(model)(config).eval()
+    folder = twins.save_text(tmp_path / "t5", model, tokenizer)
+    wanted, tensors = load_text_encoder(folder), load_file(folder / "model.safetensors")
+    file = tmp_path / "alone.safetensors"
+    file_of = lambda content: save_file({n: t.contiguous() for n, t in content.items()}, file)
+    file_of(tensors)
+    with pytest.raises(SettingsError, match="alone.safetensors brings no tokenizer: put the folder alone/tokenizer beside it, or take one of a T5"):
+        load_text_encoder(file)
+    tokenizer.save_pretrained(tmp_path / "alone" / "tokenizer")
+    found = load_text_encoder(file)
+    assert (found.name, found.ragged, found.digest) == ("t5", True, wanted.digest)
+    assert torch.equal(found.encode(PROMPTS)["states"], wanted.encode(PROMPTS)["states"])
+    assert load_text_encoder(file, weights=False).recipe() == wanted.recipe()
+    assert load_text_encoder(file, "bf16").encode(PROMPTS)["states"].dtype == torch.bfloat16
+    words = tensors.get("shared.weight", tensors.get("encoder.embed_tokens.weight"))
+    bare = {n: t for n, t in tensors.items() if n not in ("shared.weight", "encoder.embed_tokens.weight")}
+    file_of({**bare, "encoder.embed_tokens.weight": words, "decoder.final_layer_norm.weight": torch.ones(48)})  # the other name, and half of a translator
+    assert torch.equal(load_text_encoder(file).encode(PROMPTS)["states"], wanted.encode(PROMPTS)["states"])
+    scaled = {**tensors, "encoder.block.0.layer.0.SelfAttention.q.scale_weight": torch.ones(1)}
+    for wrong in (scaled, {n: t for n, t in tensors.items() if "block.1.layer.0" not in n}):
+        file_of(wrong)
+        with pytest.raises(SettingsError, match=r"alone.safetensors: its text encoder does not fit: encoder.block.[01].layer.0"):
+            load_text_encoder(file)
+
+
+def test_a_clip_in_one_file(sd, tmp_path):
+    folder, file = sd / "text_encoder", tmp_path / "clip.safetensors"
+    tensors = {f"text_model.{n.removeprefix('text_model.')}": t for n, t in load_file(folder / "model.safetensors").items()}
+    save_file({**tensors, "logit_scale": torch.ones(1), "text_model.embeddings.position_ids": torch.arange(77)[None]}, file)
+    shutil.copytree(sd / "tokenizer", tmp_path / "clip" / "tokenizer")
+    with pytest.raises(SettingsError, match="holds a CLIP 32 wide, whose shapes do not tell its heads: put its config.json beside it, as clip.json"):
+        load_text_encoder(file)
+    shutil.copy(folder / "config.json", tmp_path / "clip.json")
+    assert torch.equal(load_text_encoder(file).encode(PROMPTS)["states"], load_text_encoder(folder).encode(PROMPTS)["states"])
+
+
 def test_single_files_that_lack_something(sd, tmp_path):
     from difflit.generation import load_pipeline
 
@@ -409,7 +508,7 @@ def test_single_files_that_lack_something(sd, tmp_path):
                "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(1280, 768)}, file)
     with pytest.raises(SettingsError, match="broken.safetensors does not load as UNet2DConditionModel: .*fetch or convert it again"):
         load_pipeline(file, "cpu")
-    with pytest.raises(SettingsError, match="single file without a text encoder of Stable Diffusion 1"):
+    with pytest.raises(SettingsError, match="single file without a text encoder: neither cond_stage_model.transformer"):
         load_text_encoder(file)
     for names in (["first_stage_model.encoder.conv_in.weight"], ["first_stage_model.encoder.conv_in.weight", "first_stage_model.quant_conv.weight"]):
         save_file({n: torch.zeros(128 if "in" in n else 8, 3 if "in" in n else 8, *[3 if "in" in n else 1] * 2) for n in names}, tmp_path / "vae.safetensors")
@@ -747,6 +846,36 @@ def test_moments_latents_and_images_are_those_of_diffusers(sd):
     tiled = load_autoencoder(sd).tiling()
     assert tiled.encode(large).shape == (1, 8, 20, 20) and not torch.equal(tiled.encode(large), coder.encode(large))
     assert coder.recipe((128, 64)).shape == (8, 8, 16) and coder.recipe(64, mean_only=True).shape == (4, 8, 8)
+
+
+def test_slices_and_tiles_bound_what_the_autoencoder_holds():
+    """The largest tensor of a convolution: one picture of a batch, one tile of a picture; what is seen stays nearly the same."""
+    from conftest import photograph
+
+    from difflit.data import image_tensor
+
+    coder, held = load_autoencoder("tiny"), []
+    for layer in coder.vae.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.register_forward_hook(lambda module, given, out: held.append(out.numel()))
+    images = torch.stack([image_tensor(photograph(i, (128, 128)), 128) for i in range(2)])
+
+    def work():
+        held.clear()
+        moments = coder.encode(images)
+        return moments, coder.decode(coder.latents_of(moments)), max(held)
+
+    moments, drawn, most = work()
+    sliced, drawn_sliced, most_sliced = coder.slicing() and work()
+    assert torch.allclose(sliced, moments, atol=1e-5) and torch.allclose(drawn_sliced, drawn, atol=1e-4) and most_sliced == most // 2
+    coder.slicing(False)
+    tiled, drawn_tiled, most_tiled = coder.tiling() and work()
+    assert most_tiled <= most // 4, "tiles of 64 pixels instead of 128"
+    assert tiled.shape == moments.shape and not torch.equal(tiled, moments)
+    far, far_tiled = ((d - images).abs().mean() for d in (drawn, drawn_tiled))
+    assert far_tiled < 1.1 * far, "as near to the pictures as without"
+    coder.tiling(False)
+    assert torch.equal(work()[0], moments)
 
 
 def test_sdxls_autoencoder_does_not_compute_in_half_precision(tmp_path):

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from difflit.caching import CacheError, list_stores
 from difflit.config import FillSettings, SettingsError, resolve
 from difflit.data import DataError
+from difflit.encoders import export_latent
 from difflit.generation import draw, generate, load_pipeline
 from difflit.job_data import fill_caches
 from difflit.recipes import prepare, score_job, train_job
@@ -142,9 +143,65 @@ def test_text_encoder_that_trains(tmp_path, cache):
     job = trained(tmp_path / "run", cache=cache, steps=2, train_text=True, lr_scales="text=0.1")
     names = [n for n, p in job.state.model.named_parameters() if n.startswith("encoders.")]
     assert names and not job.data.train.text
+    rate = {p: group["lr_scale"] for group in job.state.optimizer.param_groups for p in group["params"]}
+    ratios = {rate[p] / rate[job.state.model.unet.conv_in.weight] for n, p in job.state.model.named_parameters() if n in names}
+    assert list(ratios) == [pytest.approx(0.1)], "the text encoder learns at its own rate"
     start = load_file(next((tmp_path / "run").glob("checkpoints/*/model.safetensors")))
     generate(load_pipeline(tmp_path / "run", "cpu"), ["a red circle"], steps=1)
     assert set(names) <= set(start)
+
+
+def test_parts_are_frozen_slowed_and_begun_anew(tmp_path, cache):
+    trained(tmp_path / "base", cache=cache, steps=1)
+    job = trained(tmp_path / "run", cache=cache, steps=1, seed=1, init_from=tmp_path / "base", train_parts="attention", lr_scales="self=0.5,cross=2",
+                  reinit="cross_kv")
+    start = load_file(tmp_path / "base" / "checkpoints" / "step-00000001" / "ema.safetensors")
+    moved = {n for n, p in job.state.model.named_parameters() if not torch.equal(p, start[n])}
+    assert moved and all(".attn1." in n or ".attn2." in n for n in moved)
+    fresh = max((p - start[n]).abs().max() for n, p in job.state.model.named_parameters() if "attn2.to_k.weight" in n)
+    kept = max((p - start[n]).abs().max() for n, p in job.state.model.named_parameters() if "attn2.to_q.weight" in n)
+    assert fresh > 10 * kept, "keys and values began anew, queries went on"
+    rate = {n: group["lr"] for group in job.state.optimizer.param_groups for p in group["params"] for n, q in job.state.model.named_parameters() if p is q}
+    assert {round(lr / rate[next(n for n in rate if ".attn1." in n)], 6) for n, lr in rate.items() if ".attn2." in n} == {4.0}
+
+
+def test_an_autoencoder_of_ones_own(tmp_path, models):
+    """Sixteen channels, sides divided by four, shifted: a UNet for it from nothing, out as a pipeline and in again."""
+    twins.save_vae(tmp_path / "home", twins.tiny_vae(seed=5, latent_channels=16, factor=4, scaling_factor=0.9, shift_factor=0.2))
+    given = {"cache": tmp_path / "cache", "vae": tmp_path / "home", "text_encoder": models / "t5", "vae_slicing": True, "vae_tiling": True}
+    job = trained(tmp_path / "run", steps=2, **given)
+    assert job.state.model.unet.config["in_channels"] == 16 and (job.task.channels, job.task.scaling_factor, job.task.shift_factor) == (16, 0.9, 0.2)
+    assert job.encoders.autoencoder.vae.use_tiling and job.encoders.autoencoder.vae.use_slicing
+    [store] = job.data.train.latents
+    assert store.recipe.shape == (32, 8, 8) and store.recipe.settings["tiling"], "moments, and what decides them"
+    mine = generate(load_pipeline(tmp_path / "run", "cpu"), ["two white stars"], steps=2, precision="fp32")
+    out = export_latent(tmp_path / "run", tmp_path / "out")
+    assert (generate(load_pipeline(out, "cpu"), ["two white stars"], steps=2, precision="fp32") - mine).abs().max() < 1e-4
+    refused("other latents than|of 16 channels|takes latents of", init_from=models / "sd", model="sd15", run_dir=tmp_path / "other", **given)
+
+
+def test_attention_is_added_to_a_unet_without(models):
+    """Where the settings ask for it, before adapters, which then leave the new weights free."""
+    from types import SimpleNamespace
+
+    from difflit.config import TrainSettings
+    from difflit.encoders import latent_network, open_encoders
+
+    plain = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "mid_block_type": "UNetMidBlock2D"}
+    deaf = twins.save_sd(models / "deaf", unet=twins.tiny_unet(**plain))
+    given = {"preset": "latent-tiny", "model": "sd15", "schedule": "auto", "target": "auto", **dict.fromkeys(("init_from", "vae", "text_encoder"), str(deaf))}
+    settings = resolve(given, cls=TrainSettings)
+    encoders = open_encoders(settings)
+    x, times, text = torch.randn(2, 4, 8, 8), torch.tensor([3.0, 900.0]), {"clip": {"states": torch.randn(2, 77, 32), "mask": torch.ones(2, 77).bool()}}
+    before, _, _ = latent_network(settings, encoders)
+    for rank in (0, 2):
+        asked = SimpleNamespace(**{**settings.model_dump(), "add_attention": True, "lora_rank": rank})
+        model, _, notes = latent_network(asked, encoders)
+        assert any("attention to words was added" in note for note in notes)
+        with torch.no_grad():
+            assert torch.allclose(model(x, times, text), before(x, times, text), atol=1e-6)
+        live = {n for n, p in model.named_parameters() if p.requires_grad}
+        assert {n for n, _ in model.named_parameters() if n.endswith("proj_out.weight")} <= live
 
 
 def test_adapters(tmp_path, cache, models):

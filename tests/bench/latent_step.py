@@ -8,8 +8,8 @@ process, and take turns, so that a busy machine slows both.
 (a) both from cached moments and states: what the step itself costs;
 (b) plain with VAE and text encoder against difflit from the cache: what caching adds.
 
-With `--measures` difflit's measures are then taken away one at a time: a table of what each brings. `--compile` adds torch.compile to it; `--json` keeps the
-figures.
+With `--measures` difflit's measures are then taken away one at a time: a table of what each brings. `--compile` adds torch.compile to it, on a GPU also with
+CUDA graphs (its mode reduce-overhead); `--optimizers` adds others than AdamW, those of bitsandbytes where it is installed; `--json` keeps the figures.
 
     OMP_NUM_THREADS=1 python tests/bench/latent_step.py [--pairs 7] [--batch-size 16] [--measures] [--json FILE]
     python tests/bench/latent_step.py --gpu [--batch-size 64] [--seconds 12] [--json FILE]    # SD1.5's UNet, 64² latents, bf16, on one GPU
@@ -124,7 +124,7 @@ def plain(network, batch: Mapping[str, Any], device, precision, encoders=None) -
     return step
 
 
-def ours(network, batch: Mapping[str, Any], device, precision, without: str = "", compiled: bool = False) -> Callable[[], None]:
+def ours(network, batch: Mapping[str, Any], device, precision, without: str = "", compiled: str = "", kind: str = "adamw") -> Callable[[], None]:
     "difflit's own step, everything of it but the loader and the tracker, or without one of its measures."
     from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
@@ -134,12 +134,12 @@ def ours(network, batch: Mapping[str, Any], device, precision, without: str = ""
         quicken(model)
     if without in ("attend, not SDPA", "attend, not written out"):  # diffusers' own, over torch's fused kernel or written out
         model.unet.set_attn_processor(AttnProcessor2_0() if without == "attend, not SDPA" else AttnProcessor())
-    optimizer: torch.optim.Optimizer = make_optimizer(model, 1e-4)
+    optimizer: torch.optim.Optimizer = make_optimizer(model, 1e-4, optimizer=kind)
     if without == "fused optimizer":
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=False)
     state = TrainState(model, EMA(model), optimizer, Accelerator(cpu=device.type == "cpu"), precision)
     if compiled:
-        state.wrapped = torch.compile(model)
+        state.wrapped = torch.compile(model, mode=compiled)
     task = LatentDiffusion(Diffusion("scaled_linear", "eps"), scaling_factor=SCALING)
     batch = to_device({k: v for k, v in batch.items() if k not in ("pixels", "input_ids")}, device)
     if without == "foreach average":
@@ -246,17 +246,17 @@ def by_turns(arguments, network, batch, device, precision, side: int) -> dict[st
     if arguments.measures:
         result["measures"] = {}
         steps = {"all": ours(network, batch, device, precision), **{name: ours(network, batch, device, precision, without=name) for name in MEASURES}}
-        if arguments.compile:
-            steps["compile"] = ours(network, batch, device, precision, compiled=True)
+        on_top = {"torch.compile": {"compiled": "default"}} if arguments.compile else {}
+        on_top |= {f"optimizer {kind}": {"kind": kind} for kind in arguments.optimizers}
+        steps |= {name: ours(network, batch, device, precision, **how) for name, how in on_top.items()}
         times = turns(steps, device, arguments.pairs)
         print("\n| measure | a step without it takes |\n|---|---:|")
-        for name in steps:
-            if name not in ("all", "compile"):
-                result["measures"][name] = spread(times[name], times["all"])
-                print(f"| {name} | × {said(result['measures'][name])} |")
-        if arguments.compile:
-            result["measures"]["compile"] = spread(times["all"], times["compile"])
-            print(f"| torch.compile, gain on top | × {said(result['measures']['compile'])} |")
+        for name in MEASURES:
+            result["measures"][name] = spread(times[name], times["all"])
+            print(f"| {name} | × {said(result['measures'][name])} |")
+        for name in on_top:
+            result["measures"][name] = spread(times["all"], times[name])
+            print(f"| {name}: gain on top | × {said(result['measures'][name])} |")
     return result
 
 
@@ -287,7 +287,9 @@ def by_windows(arguments, network, batch, device, precision, side: int) -> dict[
         "plain with encoders": lambda: plain(network, batch, device, precision, make_encoders(width, True)),
     }
     if arguments.compile:
-        variants["difflit, compiled"] = lambda: ours(network, batch, device, precision, compiled=True)
+        modes = {"compiled": "default", "compiled, CUDA graphs": "reduce-overhead"}
+        variants |= {f"difflit, {label}": lambda mode=mode: ours(network, batch, device, precision, compiled=mode) for label, mode in modes.items()}
+    variants |= {f"difflit, {kind}": lambda kind=kind: ours(network, batch, device, precision, kind=kind) for kind in arguments.optimizers}
     if arguments.measures:
         variants |= {f"without {m}": lambda m=m: ours(network, batch, device, precision, without=m) for m in MEASURES}
     result: dict[str, Any] = {"device": name, "peak_flops": peak, "flop_per_image": flops / arguments.batch_size, "variants": {}}
@@ -317,12 +319,14 @@ def main() -> None:
     parser.add_argument("--gpu", action="store_true", help="SD1.5's size, steady state")
     parser.add_argument("--seconds", type=float, default=12.0, help="least length of a window, with --gpu")
     parser.add_argument("--measures", action="store_true", help="take difflit's measures away one at a time")
-    parser.add_argument("--compile", action="store_true", help="also with torch.compile")
+    parser.add_argument("--compile", action="store_true", help="also with torch.compile, on a GPU also with CUDA graphs")
+    parser.add_argument("--optimizers", default="", help="with --gpu or --measures: others too, comma between, such as adamw8bit,paged-adamw8bit")
     parser.add_argument("--json", help="file for the figures")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", module="diffusers|torch")
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     torch.manual_seed(0)
+    arguments.optimizers = [name for name in arguments.optimizers.split(",") if name]
     arguments.batch_size = arguments.batch_size or (64 if arguments.gpu else 16)
     device = choose_device()
     if arguments.gpu and device.type != "cuda":
