@@ -178,12 +178,13 @@ class ModelSettings(CacheSettings):
     conditioning_noise: float = Field(0.0, ge=0, le=1, description="of an upsampler: deviation of noise on the small picture in training")
     projection: Literal["auto", "linear", "mlp", "replace"] = Field(
         "auto", description="of a latent model: how text of another width reaches the UNet; replace: by new cross-attention weights; auto: linear if need be")
+    add_attention: bool = Field(False, description="of a latent model: put attention to words where the given UNet has none; it is silent until it learns")
     train_text: bool = Field(False, description="of a latent model: train the text encoders too (then captions are not cached)")
     offset_noise: float = Field(0.0, ge=0, le=1, description="of a latent model: deviation of noise that is the same all over a channel")
     input_perturbation: float = Field(0.0, ge=0, le=1, description="of a latent model: share of further noise that the network sees and is not asked for")
     lora_rank: int = Field(0, ge=0, le=1024, description="of a latent model: train adapters of this rank instead of the weights; 0: the weights")
     lora_alpha: float | None = Field(None, gt=0, description="of a latent model: strength of the adapters (None: their rank)")
-    lora_targets: str = Field("attention", description="of a latent model: what the adapters adapt: attention, or names of layers, comma between")
+    lora_targets: str = Field("attention", description="of a latent model: what the adapters adapt: attention, self, cross, transformer, all, or names of layers, comma between")
 
     @model_validator(mode="after")
     def _hybrid_needs_a_table(self):
@@ -467,7 +468,7 @@ def read_settings(
         raise SettingsError(f"{path} must hold `name: value` lines, not a {type(values).__name__}")
     return values
 
-# %% ../nbs/00_config.ipynb #76230c25
+# %% ../nbs/00_config.ipynb #06985851
 def read_options(
     text: str,  # "floor: 0.1, cycles: 4", or with equals signs; several numbers: "betas: 0.9 0.95"
     setting: str = "options",  # its name, for errors
