@@ -142,6 +142,7 @@ def test_state_resumes_in_the_middle_of_an_interval(cut):
         other.load_state_dict(saved)
         assert head + driven(other, pattern[cut:]) == scales
         assert other.state_dict() == whole.state_dict()
+        assert other.counts() == {"updates": 14, "overflows": 3, "consecutive_overflows": 0}
 
 
 def test_states_of_torchs_scaler_and_copies():
@@ -348,7 +349,8 @@ def test_accelerate_takes_it_on_a_cpu():
 def conv_run(name: str, jitter: int | None = None, steps: int = 40) -> tuple[float, float]:
     "A denoiser of stripes: its mean loss over the last ten steps, and its first; its weights are shaken by half a unit of fp16 before, if asked."
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.SiLU(), nn.Conv2d(16, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.SiLU(), nn.Conv2d(16, 1, 3, padding=1))
+    first, middle, last = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 1, 3, padding=1)
+    model = nn.Sequential(first, nn.SiLU(), middle, nn.GroupNorm(4, 16), nn.SiLU(), last)
     if jitter is not None:
         g = torch.Generator().manual_seed(jitter)
         with torch.no_grad():
