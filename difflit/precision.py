@@ -51,7 +51,7 @@ def native_bf16(
         return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags.split()))
     return False
 
-# %% ../nbs/41_precision.ipynb #728def38
+# %% ../nbs/41_precision.ipynb #5be92aba
 FORMATS: dict[str, tuple[torch.dtype, str]] = {  # name → arithmetic, and where the digits of a weight are kept
     "fp32": (torch.float32, "weights"),
     "bf16": (torch.bfloat16, "weights"),
@@ -93,7 +93,7 @@ class Precision:
         "The region in which the network runs, for training and for sampling: a no-op for fp32."
         return torch.autocast(self.device.type, self.dtype, enabled=self.lowered is not None)
 
-# %% ../nbs/41_precision.ipynb #8ac48fbf
+# %% ../nbs/41_precision.ipynb #c3e64cdb
 def choose_precision(
     precision: str,  # auto, or one of `FORMATS`
     device: torch.device,  # where it computes
@@ -105,7 +105,7 @@ def choose_precision(
         raise SettingsError(f"precision={precision!r} is not known; give auto, {', '.join(FORMATS)}{nearest(precision, ['auto', *FORMATS])}")
     return Precision(precision, device)
 
-# %% ../nbs/41_precision.ipynb #b1d81c29
+# %% ../nbs/41_precision.ipynb #35b94cab
 _BEARING = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
 _TIME = re.compile(r"time_?(embed|proj|mlp)|timestep|(^|\.)add_embedding", re.IGNORECASE)
 
@@ -133,7 +133,7 @@ def _reason(name: str, layer: nn.Module, last: nn.Module | None, keep_fp32: Sequ
         return "bare parameter"
     return "last layer" if layer is last else ""
 
-# %% ../nbs/41_precision.ipynb #56b260b1
+# %% ../nbs/41_precision.ipynb #bc305a9d
 def convert_(
     model: nn.Module,  # changed in place
     dtype: torch.dtype,  # torch.bfloat16 or torch.float16; torch.float32 brings all back
@@ -167,7 +167,7 @@ def precision_table(
     return [{"why": reason or "lowered", "dtype": str(group[0].dtype).removeprefix("torch."), "layers": len(group), "weights": sum(r.weights for r in group),
              "share": sum(r.weights for r in group) / total} for reason, group in groups if group]
 
-# %% ../nbs/41_precision.ipynb #7e78c2ac
+# %% ../nbs/41_precision.ipynb #7d30802c
 def stochastic_round(
     x: Tensor,  # float32, of any shape
     dtype: torch.dtype = torch.bfloat16,  # the one format whose bits are a part of fp32's
@@ -180,7 +180,7 @@ def stochastic_round(
     bits = chance.add_(x.view(torch.int32)).bitwise_and_(-(1 << 16))
     return torch.where(x.isfinite(), bits.view(torch.float32), x).to(dtype)  # infinity plus chance would be NaN
 
-# %% ../nbs/41_precision.ipynb #78f90e1b
+# %% ../nbs/41_precision.ipynb #0eeb8e02
 def _add_gradients(pairs: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> None:
     "Half-precision gradients move into fp32 sums: the first begins them, later ones are added in one batch."
     sums, more = [], []
@@ -196,7 +196,7 @@ def _add_gradients(pairs: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> None:
     if sums:
         torch._foreach_add_(sums, more)
 
-# %% ../nbs/41_precision.ipynb #b0d7aaec
+# %% ../nbs/41_precision.ipynb #00f69fe5
 class MasterWeights:
     "fp32 copies of a network's trained half-precision weights, and the sums of their gradients."
 
@@ -253,7 +253,7 @@ class MasterWeights:
             for _, master in self.pairs:
                 master.untyped_storage().resize_(0)
 
-# %% ../nbs/41_precision.ipynb #369e20e2
+# %% ../nbs/41_precision.ipynb #dc1b0978
 def master_tensors(
     masters: MasterWeights,  # of a network
 ) -> dict[str, Tensor]:  # fp32, by the network's names; empty if they are transient
