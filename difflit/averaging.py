@@ -6,7 +6,7 @@
 __all__ = ['Average', 'EMA', 'gamma_to_std', 'std_to_gamma', 'PowerEMA', 'Averages', 'make_averages', 'Snapshot', 'mix',
            'save_snapshot', 'list_snapshots', 'reconstruct', 'profile_figure']
 
-# %% ../nbs/44_averaging.ipynb #c17f8be0
+# %% ../nbs/44_averaging.ipynb #8c59cc75
 import copy
 import json
 import math
@@ -30,7 +30,7 @@ from .files import atomic_file
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# %% ../nbs/44_averaging.ipynb #9c351d01
+# %% ../nbs/44_averaging.ipynb #7708f7ee
 def _places(model: nn.Module) -> tuple[list[tuple[dict, str]], list[tuple[dict, str]]]:
     "The dicts and names under which a model's distinct parameters and buffers hang, in the order of `model.parameters()`."
     def distinct(kind: str) -> list[tuple[dict, str]]:
@@ -64,7 +64,7 @@ class _Live:
             _local(masters.get(hooks[name], hooks[name])) for hooks, name in self.parameters]
         return weights, [_local(hooks[name]) for hooks, name in self.buffers]
 
-# %% ../nbs/44_averaging.ipynb #e614ae5b
+# %% ../nbs/44_averaging.ipynb #232b04ec
 def _before_every_step(transfer: "weakref.ref[_Transfer]") -> None:
     "Have a transfer asked before any optimizer steps."
     def hook(*_: Any) -> None:
@@ -118,7 +118,7 @@ class _Transfer:
         if work is not None:
             work.result()
 
-# %% ../nbs/44_averaging.ipynb #da99aabe
+# %% ../nbs/44_averaging.ipynb #ac92aa3b
 def _fp32_copy(model: nn.Module, device: str | torch.device | None) -> nn.Module:
     "A copy that is not trained; made straight on its device, so that the live one needs no room for two."
     if device is None:
@@ -152,7 +152,7 @@ def _follow(averages: list[Tensor], live: list[Tensor], weight: float) -> None:
         torch._foreach_mul_(averages, 1 - weight)
         torch._foreach_add_(averages, live, alpha=weight)
 
-# %% ../nbs/44_averaging.ipynb #50c63be5
+# %% ../nbs/44_averaging.ipynb #7a4aefda
 class _Held:
     "The second set of weights: where it lies and how one gets at it."
 
@@ -202,7 +202,7 @@ class _Held:
         self.settle()
         return {**self._weights, **self._buffers} if self.sharded else self.model.state_dict()
 
-# %% ../nbs/44_averaging.ipynb #32396a9b
+# %% ../nbs/44_averaging.ipynb #a575c9ad
 class Average(_Held):
     "A running average of a model's weights, in fp32. The subclass says how fast it moves."
 
@@ -269,7 +269,7 @@ class Average(_Held):
                     whole[name].copy_(value)
         return self._model
 
-# %% ../nbs/44_averaging.ipynb #eb4b2e60
+# %% ../nbs/44_averaging.ipynb #5a40dae2
 class EMA(Average):
     "Exponential moving average of a model's weights, in fp32."
 
@@ -291,7 +291,7 @@ class EMA(Average):
         "The decay with its warm-up."
         return min(self.decay, (1 + step) / (10 + step))
 
-# %% ../nbs/44_averaging.ipynb #8447ccdc
+# %% ../nbs/44_averaging.ipynb #8db179c5
 def gamma_to_std(
     gamma: float,  # exponent of time
 ) -> float:  # σ_rel, as a share of the run
@@ -330,7 +330,7 @@ class PowerEMA(Average):
         "Nothing is kept at the first update; ever more of it later."
         return (1 - 1 / step) ** (self.gamma + 1)
 
-# %% ../nbs/44_averaging.ipynb #115c4365
+# %% ../nbs/44_averaging.ipynb #a7d905ac
 class Averages:
     "All averages of a run; the first is the one that is looked at."
 
@@ -388,7 +388,7 @@ class Averages:
             average.load(groups[key])
         self._last = step
 
-# %% ../nbs/44_averaging.ipynb #17fb0ae7
+# %% ../nbs/44_averaging.ipynb #71d26947
 def make_averages(
     model: nn.Module,  # whose weights are averaged
     spec: str = "0.9999",  # decays, and power:WIDTH, comma between; the first is the main one
@@ -412,7 +412,7 @@ def make_averages(
             members.append(EMA(model, number, name="ema" if main else f"{number:g}", device=device, full=full if main else None))
     return Averages(members)
 
-# %% ../nbs/44_averaging.ipynb #e46782dd
+# %% ../nbs/44_averaging.ipynb #424b8bb9
 @dataclass(frozen=True)
 class Snapshot:
     "A power-function average at one moment, on disk."
@@ -456,7 +456,7 @@ def mix(
     misfit = max(0.0, float(square - 2 * x @ right + x @ gram @ x)) / square
     return x / size, math.sqrt(misfit)
 
-# %% ../nbs/44_averaging.ipynb #1de569ab
+# %% ../nbs/44_averaging.ipynb #83953347
 def save_snapshot(
     folder: str | Path,  # `snapshots/` of a run
     averages: Averages,  # of which the power-function ones are kept
@@ -491,7 +491,7 @@ def list_snapshots(
         found.append(Snapshot(int(note["step"]), float(note["std"]), path))
     return sorted(found, key=lambda s: (s.step, s.std))
 
-# %% ../nbs/44_averaging.ipynb #b4daec93
+# %% ../nbs/44_averaging.ipynb #21f65ed3
 def _chosen(folder: str | Path, std: float, step: int | None) -> tuple[list[Snapshot], int]:
     "The snapshots that can tell of a moment."
     snapshots = list_snapshots(folder)
@@ -527,7 +527,7 @@ def reconstruct(
             made[name] = total.float()
     return made
 
-# %% ../nbs/44_averaging.ipynb #81ade54f
+# %% ../nbs/44_averaging.ipynb #8d315277
 def profile_figure(
     snapshots: Sequence[Snapshot],  # what there is
     std: float,  # σ_rel of what is wanted
@@ -539,13 +539,15 @@ def profile_figure(
     coefficients, misfit = mix(snapshots, std, step)
     times = np.linspace(0, step, 2000)[1:]
     profiles = np.array([s.profile(times) for s in snapshots])
+    wanted = Snapshot(step, std, Path()).profile(times)
+    top = wanted.max()
     figure = Figure(figsize=(6, 2.8), dpi=90, layout="constrained")
     axis = figure.add_subplot()
     for i, profile in enumerate(profiles):
         axis.plot(times, profile, color="0.85", linewidth=0.6, label="snapshots" if i == 0 else None)
-    axis.plot(times, Snapshot(step, std, Path()).profile(times), color="C0", linewidth=3, alpha=0.4, label=f"wanted, σ = {std:g}")
+    axis.plot(times, wanted, color="C0", linewidth=3, alpha=0.4, label=f"wanted, σ = {std:g}")
     axis.plot(times, coefficients @ profiles, color="C3", linewidth=1, label=f"made, misfit {misfit:.1%}")
-    axis.set(xlabel="update", ylabel="weight per update", ylim=(None, 1.4 * Snapshot(step, std, Path()).profile(times).max()))
+    axis.set(xlabel="update", ylabel="weight per update", ylim=(-0.15 * top, 1.4 * top))
     axis.legend(fontsize=7, frameon=False, loc="upper left")
     axis.spines[["top", "right"]].set_visible(False)
     return figure

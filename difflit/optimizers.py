@@ -6,7 +6,7 @@
 __all__ = ['OPTIMIZERS', 'SCHEDULES', 'optimizer', 'choose_optimizer', 'optimizer_name', 'training_mode', 'evaluation_mode',
            'make_optimizer', 'warmup_cosine', 'schedule', 'Schedule', 'Plateau', 'make_schedule', 'schedule_figure']
 
-# %% ../nbs/43_optimizers.ipynb #b26c1205
+# %% ../nbs/43_optimizers.ipynb #9da5b100
 import contextlib
 import fnmatch
 import importlib
@@ -23,7 +23,7 @@ from .config import SettingsError, nearest
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# %% ../nbs/43_optimizers.ipynb #2624f1d5
+# %% ../nbs/43_optimizers.ipynb #d68c4db2
 _FUSED = {"fused": True}
 OPTIMIZERS: dict[str, tuple[str, str, dict[str, Any]]] = {  # name → package, its name for it, settings besides rate and decay
     "adamw": ("torch.optim", "AdamW", _FUSED),
@@ -62,7 +62,7 @@ def optimizer(
 
     return keep
 
-# %% ../nbs/43_optimizers.ipynb #81116a60
+# %% ../nbs/43_optimizers.ipynb #df0a6234
 def _find(name: str) -> Callable[..., torch.optim.Optimizer]:
     "The class behind a name."
     if name not in OPTIMIZERS:
@@ -110,7 +110,7 @@ def optimizer_name(
     kind, top = type(optimizer).__name__, type(optimizer).__module__.partition(".")[0]
     return next((name for name, (package, known, _) in OPTIMIZERS.items() if known == kind and package.partition(".")[0] == top), kind)
 
-# %% ../nbs/43_optimizers.ipynb #2ef23648
+# %% ../nbs/43_optimizers.ipynb #811ea984
 def training_mode(
     optimizer: torch.optim.Optimizer,  # any
 ) -> None:
@@ -139,7 +139,7 @@ def evaluation_mode(
         for group, mode in zip(optimizer.param_groups, modes):
             group["train_mode"] = mode
 
-# %% ../nbs/43_optimizers.ipynb #97298038
+# %% ../nbs/43_optimizers.ipynb #7134da4f
 _ENDS = 16  # channels: a weight with no more on one side belongs to the ends of a network, where Muon does not
 
 
@@ -171,7 +171,7 @@ def _groups(model: nn.Module, weight_decay: float, scales: Mapping[str, float], 
         found.setdefault(key, []).append(p)
     return found
 
-# %% ../nbs/43_optimizers.ipynb #ecd5cb77
+# %% ../nbs/43_optimizers.ipynb #d289bdc1
 def make_optimizer(
     model: nn.Module,  # to be trained
     lr: float = 1e-4,  # peak rate
@@ -196,7 +196,7 @@ def make_optimizer(
         prepared.append({**group, "use_muon": hidden} if optimizer == "muon" else group)
     return choose_optimizer(optimizer, options)(prepared, lr, beta2)
 
-# %% ../nbs/43_optimizers.ipynb #19604dec
+# %% ../nbs/43_optimizers.ipynb #b6335512
 def warmup_cosine(
     step: int,  # the update about to be made, from 1
     steps: int,  # updates in all
@@ -209,7 +209,7 @@ def warmup_cosine(
     done = (step - warmup) / max(1, steps - warmup)
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
-# %% ../nbs/43_optimizers.ipynb #5092df2d
+# %% ../nbs/43_optimizers.ipynb #5a572b09
 SCHEDULES: dict[str, tuple[Callable[..., float], bool]] = {}  # name → function of (step, steps, warmup, …), and whether it rises by itself
 
 
@@ -267,7 +267,7 @@ class Schedule:
         if state.get("name", self.name) != self.name:
             raise ValueError(f"the state is of schedule {state['name']!r}, this run has schedule {self.name!r}; a resumed run cannot change it")
 
-# %% ../nbs/43_optimizers.ipynb #c06330c2
+# %% ../nbs/43_optimizers.ipynb #ef80539e
 @schedule("constant")
 def _constant(step: int, steps: int, warmup: int) -> float:
     return 1.0
@@ -311,7 +311,7 @@ def _one_cycle(step: int, steps: int, warmup: int, start: float = 1 / 25, floor:
         done, low = 1 - min(1.0, (step - 1 - top) / max(1e-9, steps - 1 - top)), floor
     return low + (1 - low) * 0.5 * (1 - math.cos(math.pi * done))
 
-# %% ../nbs/43_optimizers.ipynb #8eefe0f5
+# %% ../nbs/43_optimizers.ipynb #7839983d
 class Plateau(Schedule):
     "Lower the rate when a validation loss or score stops getting better. Source: torch's `ReduceLROnPlateau`."
 
@@ -371,7 +371,7 @@ class Plateau(Schedule):
 
 SCHEDULES["plateau"] = (lambda step, steps, warmup: 1.0, True)
 
-# %% ../nbs/43_optimizers.ipynb #56954f79
+# %% ../nbs/43_optimizers.ipynb #43dabef6
 def make_schedule(
     name: str,  # of `SCHEDULES`
     steps: int,  # updates in all
@@ -389,7 +389,7 @@ def make_schedule(
             raise SettingsError(f"schedule {name!r} has no option {option!r}; it has {', '.join(known) or 'none'}")
     return kind(name, steps, warmup_steps, **options)
 
-# %% ../nbs/43_optimizers.ipynb #683f1659
+# %% ../nbs/43_optimizers.ipynb #32cf491a
 def schedule_figure(
     schedules: Sequence[str | Schedule],  # names or schedules
     steps: int = 1000,  # updates in all, for names
@@ -402,9 +402,9 @@ def schedule_figure(
     made = [make_schedule(s, steps, warmup_steps) if isinstance(s, str) else s for s in schedules]
     figure = Figure(figsize=(6, 2.6), dpi=90, layout="constrained")
     axis = figure.add_subplot()
-    for one in made:
+    for i, one in enumerate(made):
         at = sorted({max(1, round(1 + i * (one.steps - 1) / 999)) for i in range(1000)})
-        axis.plot(at, [one.factor(s) * (lr or 1.0) for s in at], label=one.name, linewidth=1.3)
+        axis.plot(at, [one.factor(s) * (lr or 1.0) for s in at], label=one.name, linewidth=1.3, linestyle="--" if i % 2 else "-")
     axis.set(xlabel="update", ylabel="factor" if lr is None else "learning rate", ylim=(0, None))
     axis.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     axis.spines[["top", "right"]].set_visible(False)
