@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Average', 'EMA', 'gamma_to_std', 'std_to_gamma', 'PowerEMA', 'Averages', 'make_averages', 'Snapshot', 'mix',
-           'save_snapshot', 'list_snapshots', 'reconstruct']
+           'save_snapshot', 'list_snapshots', 'reconstruct', 'profile_figure']
 
-# %% ../nbs/44_averaging.ipynb #c17f8be0
+# %% ../nbs/44_averaging.ipynb #8c59cc75
 import copy
 import json
 import math
@@ -30,7 +30,7 @@ from .files import atomic_file
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# %% ../nbs/44_averaging.ipynb #9c351d01
+# %% ../nbs/44_averaging.ipynb #7708f7ee
 def _places(model: nn.Module) -> tuple[list[tuple[dict, str]], list[tuple[dict, str]]]:
     "The dicts and names under which a model's distinct parameters and buffers hang, in the order of `model.parameters()`."
     def distinct(kind: str) -> list[tuple[dict, str]]:
@@ -64,7 +64,7 @@ class _Live:
             _local(masters.get(hooks[name], hooks[name])) for hooks, name in self.parameters]
         return weights, [_local(hooks[name]) for hooks, name in self.buffers]
 
-# %% ../nbs/44_averaging.ipynb #e614ae5b
+# %% ../nbs/44_averaging.ipynb #232b04ec
 def _before_every_step(transfer: "weakref.ref[_Transfer]") -> None:
     "Have a transfer asked before any optimizer steps."
     def hook(*_: Any) -> None:
@@ -118,7 +118,7 @@ class _Transfer:
         if work is not None:
             work.result()
 
-# %% ../nbs/44_averaging.ipynb #1c3ea0a1
+# %% ../nbs/44_averaging.ipynb #ac92aa3b
 def _fp32_copy(model: nn.Module, device: str | torch.device | None) -> nn.Module:
     "A copy that is not trained; made straight on its device, so that the live one needs no room for two."
     if device is None:
@@ -130,6 +130,11 @@ def _fp32_copy(model: nn.Module, device: str | torch.device | None) -> nn.Module
     return copy.deepcopy(model, memo).float().eval().requires_grad_(False)
 
 
+def _whole(tensor: Tensor) -> Tensor:
+    "A sharded tensor put together, which takes all processes."
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def _sharded_like(value: Tensor, held: Tensor) -> Tensor:
     "A whole tensor cut as another is; a tensor that is cut already stays as it is."
     if hasattr(value, "full_tensor") or not hasattr(held, "full_tensor"):
@@ -139,22 +144,15 @@ def _sharded_like(value: Tensor, held: Tensor) -> Tensor:
     return distribute_tensor(value.to(held.device), held.device_mesh, held.placements)  # type: ignore[attr-defined]
 
 
-_AT_ONCE = 2**26  # numbers that are turned from half precision to fp32 at a time
-
-
 def _follow(averages: list[Tensor], live: list[Tensor], weight: float) -> None:
-    "Move averages towards live weights, in few kernels."
+    "Move averages towards live weights, in few kernels and without copies of half-precision ones."
     if all(t.dtype == torch.float32 for t in live):
         torch._foreach_lerp_(averages, live, weight)
-        return
-    start, size = 0, 0
-    for i, t in enumerate(live):
-        size += t.numel()
-        if size >= _AT_ONCE or i == len(live) - 1:
-            torch._foreach_lerp_(averages[start : i + 1], [x.float() for x in live[start : i + 1]], weight)
-            start, size = i + 1, 0
+    else:
+        torch._foreach_mul_(averages, 1 - weight)
+        torch._foreach_add_(averages, live, alpha=weight)
 
-# %% ../nbs/44_averaging.ipynb #50c63be5
+# %% ../nbs/44_averaging.ipynb #7a4aefda
 class _Held:
     "The second set of weights: where it lies and how one gets at it."
 
@@ -204,7 +202,7 @@ class _Held:
         self.settle()
         return {**self._weights, **self._buffers} if self.sharded else self.model.state_dict()
 
-# %% ../nbs/44_averaging.ipynb #db8c35cb
+# %% ../nbs/44_averaging.ipynb #a575c9ad
 class Average(_Held):
     "A running average of a model's weights, in fp32. The subclass says how fast it moves."
 
@@ -266,12 +264,12 @@ class Average(_Held):
         if self.sharded:
             whole = dict(self._model.state_dict()) if self._model is not None else {}
             for name, tensor in {**self._weights, **self._buffers}.items():
-                value = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+                value = _whole(tensor)
                 if name in whole:
                     whole[name].copy_(value)
         return self._model
 
-# %% ../nbs/44_averaging.ipynb #eb4b2e60
+# %% ../nbs/44_averaging.ipynb #5a40dae2
 class EMA(Average):
     "Exponential moving average of a model's weights, in fp32."
 
@@ -293,7 +291,7 @@ class EMA(Average):
         "The decay with its warm-up."
         return min(self.decay, (1 + step) / (10 + step))
 
-# %% ../nbs/44_averaging.ipynb #8447ccdc
+# %% ../nbs/44_averaging.ipynb #8db179c5
 def gamma_to_std(
     gamma: float,  # exponent of time
 ) -> float:  # σ_rel, as a share of the run
@@ -332,7 +330,7 @@ class PowerEMA(Average):
         "Nothing is kept at the first update; ever more of it later."
         return (1 - 1 / step) ** (self.gamma + 1)
 
-# %% ../nbs/44_averaging.ipynb #30c23a1b
+# %% ../nbs/44_averaging.ipynb #a7d905ac
 class Averages:
     "All averages of a run; the first is the one that is looked at."
 
@@ -390,7 +388,7 @@ class Averages:
             average.load(groups[key])
         self._last = step
 
-# %% ../nbs/44_averaging.ipynb #a1886685
+# %% ../nbs/44_averaging.ipynb #71d26947
 def make_averages(
     model: nn.Module,  # whose weights are averaged
     spec: str = "0.9999",  # decays, and power:WIDTH, comma between; the first is the main one
@@ -414,7 +412,7 @@ def make_averages(
             members.append(EMA(model, number, name="ema" if main else f"{number:g}", device=device, full=full if main else None))
     return Averages(members)
 
-# %% ../nbs/44_averaging.ipynb #881c7013
+# %% ../nbs/44_averaging.ipynb #424b8bb9
 @dataclass(frozen=True)
 class Snapshot:
     "A power-function average at one moment, on disk."
@@ -458,7 +456,7 @@ def mix(
     misfit = max(0.0, float(square - 2 * x @ right + x @ gram @ x)) / square
     return x / size, math.sqrt(misfit)
 
-# %% ../nbs/44_averaging.ipynb #0805b2a6
+# %% ../nbs/44_averaging.ipynb #83953347
 def save_snapshot(
     folder: str | Path,  # `snapshots/` of a run
     averages: Averages,  # of which the power-function ones are kept
@@ -471,7 +469,7 @@ def save_snapshot(
     for average in averages:
         if not isinstance(average, PowerEMA):
             continue
-        whole = {n: t.detach().full_tensor() if hasattr(t, "full_tensor") else t.detach() for n, t in average.tensors().items()}
+        whole = {n: _whole(t.detach()) for n, t in average.tensors().items()}
         path = Path(folder) / f"power-{average.std:.4f}-{step:08d}.safetensors"
         found.append(path)
         if write:
@@ -493,15 +491,15 @@ def list_snapshots(
         found.append(Snapshot(int(note["step"]), float(note["std"]), path))
     return sorted(found, key=lambda s: (s.step, s.std))
 
-# %% ../nbs/44_averaging.ipynb #b2629d25
+# %% ../nbs/44_averaging.ipynb #21f65ed3
 def _chosen(folder: str | Path, std: float, step: int | None) -> tuple[list[Snapshot], int]:
     "The snapshots that can tell of a moment."
     snapshots = list_snapshots(folder)
     step = step or max((s.step for s in snapshots), default=0)
     usable = [s for s in snapshots if s.step <= step]
     if len({s.std for s in usable}) < 2 or usable[-1].step < step:
-        last = f"the last of them at update {usable[-1].step}" if usable else "none"
-        raise SettingsError(f"{folder} holds {len(usable)} snapshots up to update {step}, {last}: a reconstruction wants averages of two widths, saved at that update too")
+        last = f", the last at {usable[-1].step}" if usable else ""
+        raise SettingsError(f"{folder} holds {len(usable)} snapshots up to update {step}{last}; reconstructing wants two widths, saved at that update too")
     std_to_gamma(std)  # refuses a width that cannot be
     return usable, step
 
@@ -528,3 +526,28 @@ def reconstruct(
                 total += float(x) * file.get_tensor(name).double()
             made[name] = total.float()
     return made
+
+# %% ../nbs/44_averaging.ipynb #8d315277
+def profile_figure(
+    snapshots: Sequence[Snapshot],  # what there is
+    std: float,  # σ_rel of what is wanted
+    step: int,  # the moment at which it is wanted
+) -> "Figure":  # the wanted profile, the one that comes out, and those it is made of
+    "Draw how well a wanted profile can be made of snapshots."
+    from matplotlib.figure import Figure
+
+    coefficients, misfit = mix(snapshots, std, step)
+    times = np.linspace(0, step, 2000)[1:]
+    profiles = np.array([s.profile(times) for s in snapshots])
+    wanted = Snapshot(step, std, Path()).profile(times)
+    top = wanted.max()
+    figure = Figure(figsize=(6, 2.8), dpi=90, layout="constrained")
+    axis = figure.add_subplot()
+    for i, profile in enumerate(profiles):
+        axis.plot(times, profile, color="0.85", linewidth=0.6, label="snapshots" if i == 0 else None)
+    axis.plot(times, wanted, color="C0", linewidth=3, alpha=0.4, label=f"wanted, σ = {std:g}")
+    axis.plot(times, coefficients @ profiles, color="C3", linewidth=1, label=f"made, misfit {misfit:.1%}")
+    axis.set(xlabel="update", ylabel="weight per update", ylim=(-0.15 * top, 1.4 * top))
+    axis.legend(fontsize=7, frameon=False, loc="upper left")
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure

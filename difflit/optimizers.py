@@ -389,7 +389,7 @@ def make_schedule(
             raise SettingsError(f"schedule {name!r} has no option {option!r}; it has {', '.join(known) or 'none'}")
     return kind(name, steps, warmup_steps, **options)
 
-# %% ../nbs/43_optimizers.ipynb #36429b7f
+# %% ../nbs/43_optimizers.ipynb #32cf491a
 def schedule_figure(
     schedules: Sequence[str | Schedule],  # names or schedules
     steps: int = 1000,  # updates in all, for names
@@ -402,9 +402,9 @@ def schedule_figure(
     made = [make_schedule(s, steps, warmup_steps) if isinstance(s, str) else s for s in schedules]
     figure = Figure(figsize=(6, 2.6), dpi=90, layout="constrained")
     axis = figure.add_subplot()
-    for one in made:
+    for i, one in enumerate(made):
         at = sorted({max(1, round(1 + i * (one.steps - 1) / 999)) for i in range(1000)})
-        axis.plot(at, [one.factor(s) * (lr or 1.0) for s in at], label=one.name, linewidth=1.3)
+        axis.plot(at, [one.factor(s) * (lr or 1.0) for s in at], label=one.name, linewidth=1.3, linestyle="--" if i % 2 else "-")
     axis.set(xlabel="update", ylabel="factor" if lr is None else "learning rate", ylim=(0, None))
     axis.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     axis.spines[["top", "right"]].set_visible(False)
