@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['CheckpointError', 'pack_optimizer', 'unpack_optimizer', 'step_folder', 'list_checkpoints', 'Retention',
            'prune_checkpoints', 'discard_after', 'CheckpointWriter', 'save_checkpoint', 'Checkpoint', 'load_checkpoint',
-           'newest_checkpoint', 'best_checkpoint', 'checkpoint_bytes']
+           'newest_checkpoint', 'best_checkpoint', 'save_sharded', 'newest_sharded', 'load_sharded',
+           'pack_sharded_optimizer', 'unpack_sharded_optimizer', 'merge_checkpoint', 'checkpoint_bytes']
 
 # %% ../nbs/45_checkpoints.ipynb #954e10e1
 import contextlib
@@ -16,20 +17,21 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .files import atomic_directory, clear_leftovers, read_json, remove_directory, verify_manifest, write_manifest
+from .files import atomic_directory, atomic_file, clear_leftovers, digest_file, read_json, remove_directory, verify_manifest, write_manifest
 
-# %% ../nbs/45_checkpoints.ipynb #98643905
+# %% ../nbs/45_checkpoints.ipynb #f2cd39cb
 class CheckpointError(RuntimeError):
     "A checkpoint that is damaged, does not fit, or could not be made."
 
@@ -94,6 +96,8 @@ def pack_optimizer(
 
 def _laid_out_like(parameter: Tensor, value: Any) -> Any:
     "A moment in its parameter's memory layout: a fused optimizer walks over both as flat memory."
+    if isinstance(value, dict):
+        return {k: _laid_out_like(parameter, v) for k, v in value.items()}
     same = isinstance(value, Tensor) and value.shape == parameter.shape
     return torch.empty_like(parameter, dtype=value.dtype).copy_(value) if same else value
 
@@ -108,10 +112,18 @@ def _as_saved(live: Any, saved: Any) -> Any:
         return type(live)(_as_saved(a, b) for a, b in zip(live, saved, strict=True))
     return live
 
-# %% ../nbs/45_checkpoints.ipynb #4ea18c03
+# %% ../nbs/45_checkpoints.ipynb #5e777059
+def _references(value: Any) -> set[str]:
+    "The names of the tensors that a piece of JSON from `_encode` speaks of."
+    if isinstance(value, dict) and value.keys() == {"$tensor"}:
+        return {value["$tensor"]}
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return set().union(*map(_references, inner))
+
+
 def _unpacked_state(parameters: list[Tensor], tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[Any, Any]:
     "The nest of entries by parameter number that torch knows."
-    inner = set(re.findall(r'"\$tensor": "([^"]+)"', json.dumps({**rest, "ours": None}, ensure_ascii=False)))  # these belong into what JSON holds
+    inner = _references(dict(rest))  # these belong into what JSON holds
     flat = {k: v for k, v in tensors.items() if k not in inner} | {k: _decode(v, tensors) for k, v in rest["numbers"].items()}
     state: dict[Any, Any] = {}
     for key, value in flat.items():
@@ -141,7 +153,7 @@ def unpack_optimizer(
         if isinstance(live, dict):
             live.update(_as_saved(live, entries))
 
-# %% ../nbs/45_checkpoints.ipynb #61aa6d40
+# %% ../nbs/45_checkpoints.ipynb #5422782b
 def step_folder(
     folder: str | Path,  # `checkpoints/` of a run
     step: int,  # weight updates done
@@ -196,7 +208,7 @@ class Retention:
         regular = {step for step in steps if self.every_steps and step % self.every_steps == 0}
         return {*steps[-self.last :], *regular, *(-step for _, step in sorted(rated)[: self.best])}
 
-# %% ../nbs/45_checkpoints.ipynb #9e138cb8
+# %% ../nbs/45_checkpoints.ipynb #b2be294a
 def _scores(path: Path) -> Mapping[str, Any]:
     "The scores of a checkpoint, or none."
     try:
@@ -210,13 +222,14 @@ def prune_checkpoints(
     retention: Retention,  # which ones stay
     newest: int | None = None,  # the step just written; later ones neither count nor go
     trusted: Collection[int] = (),  # steps known to be good: written or read by this process
+    proved: bool = False,  # the newest was read back already
 ) -> list[Path]:  # what is gone
     "Remove the checkpoints that need not stay, and never the last good one."
     paths = {_step_of(p): p for p in list_checkpoints(folder) if newest is None or _step_of(p) <= newest}
     whole = {step: _scores(path) for step, path in paths.items() if not verify_manifest(path, contents=False)}
     kept = retention.kept(whole)
     doomed = [step for step in paths if step not in kept]
-    if doomed and len(kept & set(trusted)) < 2:
+    if doomed and not proved and len(kept & set(trusted)) < 2:
         order = [*sorted(kept, reverse=True), *sorted(whole.keys() - kept, reverse=True)]
         good = next((step for step in order if not verify_manifest(paths[step])), None)
         doomed = [step for step in doomed if step != good] if good is not None else []
@@ -236,7 +249,7 @@ def discard_after(
         remove_directory(path)
     return later
 
-# %% ../nbs/45_checkpoints.ipynb #4039855c
+# %% ../nbs/45_checkpoints.ipynb #cb34176b
 _NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "int64": "I64",
           "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "uint16": "U16", "uint32": "U32", "uint64": "U64", "bool": "BOOL", "complex64": "C64"}
 
@@ -266,13 +279,13 @@ class _Copy:
             ends.append(end := end + dtype.itemsize * math.prod(shape))
         if self.memory.numel() < end or (device is not None and device.type == "cuda" and not self.memory.is_pinned()):
             self.memory = _pinned(end, device)
-        starts = [0, *ends[:-1]]
+        starts = [0, *ends][: len(ends)]
         self.views = [self.memory[a:b].view(dtype).view(shape) for a, b, (_, dtype, shape) in zip(starts, ends, plan, strict=True)]
         self.header = {name: {"dtype": _NAMES[str(dtype).removeprefix("torch.")], "shape": list(shape), "data_offsets": [a, b]}
                        for a, b, (name, dtype, shape) in zip(starts, ends, plan, strict=True)}
         self.plan, self.size = plan, end
 
-# %% ../nbs/45_checkpoints.ipynb #68d2cf1e
+# %% ../nbs/45_checkpoints.ipynb #9e44cd25
 def _check_plain(name: str, tensor: Tensor) -> None:
     "Refuse what is no plain memory: a shard, a sparse or quantized tensor, one without data."
     if hasattr(tensor, "full_tensor"):
@@ -315,7 +328,7 @@ def _write_hashed(path: Path, pieces: Iterable[memoryview], chunk_bytes: int = 1
         os.fsync(file.fileno())
     return digest.hexdigest()
 
-# %% ../nbs/45_checkpoints.ipynb #a3182728
+# %% ../nbs/45_checkpoints.ipynb #bbfe9ea6
 def _be_polite() -> None:
     "Give this thread a lower priority. On Linux a thread has one of its own; elsewhere nothing is changed."
     if sys.platform == "linux":
@@ -373,7 +386,7 @@ class _Background:
         finally:
             self._copies = {}
 
-# %% ../nbs/45_checkpoints.ipynb #4aa52838
+# %% ../nbs/45_checkpoints.ipynb #0aa6eba0
 def _snapshot(copies: dict[str, _Copy], tensors: Mapping[str, Mapping[str, Tensor]]) -> list[torch.cuda.Event]:
     "Copy all groups into memory kept for them, and say what to wait for before the copies may be read."
     devices = {device for name, group in tensors.items() for device in _fill(copies.setdefault(name, _Copy()), group, name)}
@@ -402,7 +415,7 @@ def _state_text(step: int, state: Mapping[str, Any], scores: Mapping[str, Any] |
     whole = {"step": step, **state, **({"scores": known} if known else {})}
     return (json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False, default=str) + "\n").encode()
 
-# %% ../nbs/45_checkpoints.ipynb #6162cb49
+# %% ../nbs/45_checkpoints.ipynb #ed887f74
 class CheckpointWriter(_Background):
     "Writes a run's checkpoints: copies while the trainer waits, writes while it goes on. `wait` at the end of a run."
 
@@ -455,7 +468,7 @@ class CheckpointWriter(_Background):
             self._failed = (step, error)
         self.write_seconds = time.perf_counter() - began
 
-# %% ../nbs/45_checkpoints.ipynb #d84c541a
+# %% ../nbs/45_checkpoints.ipynb #6816d408
 def save_checkpoint(
     folder: str | Path,  # `checkpoints/` of a run
     step: int,  # weight updates done
@@ -518,24 +531,42 @@ def load_checkpoint(
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"damaged checkpoint: {path.name}/state.json cannot be used: {type(error).__name__}: {error}") from None
 
-# %% ../nbs/45_checkpoints.ipynb #b6e7f258
-def _join_shards(folder: Path) -> dict[str, Tensor]:
-    "Whole tensors from a folder of shards, each of which says where it belongs."
-    pieces: dict[str, list[tuple[list[int], Tensor]]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+# %% ../nbs/45_checkpoints.ipynb #eaca589a
+def _shards(folder: Path) -> dict[str, list[tuple[list[int], list[int], Path]]]:
+    "Where the pieces of each tensor lie: their first element's place, their shape, their file."
+    pieces: dict[str, list[tuple[list[int], list[int], Path]]] = {}
+    for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else [folder]:
         with safe_open(path, framework="pt") as file:
             places = json.loads((file.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
             for name in file.keys():
-                piece = file.get_tensor(name)
-                pieces.setdefault(name, []).append((places.get(name, {}).get("saved_offsets", [0] * piece.ndim), piece))
+                shape = file.get_slice(name).get_shape()
+                pieces.setdefault(name, []).append((places.get(name, {}).get("saved_offsets", [0] * len(shape)), shape, path))
+    return pieces
+
+
+def _whole_shape(pieces: list[tuple[list[int], list[int], Path]]) -> list[int]:
+    "The shape that pieces make together."
+    return [max(start[d] + shape[d] for start, shape, _ in pieces) for d in range(len(pieces[0][1]))]
+
+
+def _shapes(checkpoint: Checkpoint, name: str) -> dict[str, list[int]]:
+    "The shapes of a group's whole tensors."
+    file = checkpoint.path / f"{name}.safetensors"
+    return {key: _whole_shape(pieces) for key, pieces in _shards(file if file.exists() else checkpoint.path / name).items()}
+
+
+def _join_shards(folder: Path) -> dict[str, Tensor]:
+    "Whole tensors from a folder of shards, each of which says where it belongs."
+    shards = _shards(folder)
+    loaded = {path: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
     whole: dict[str, Tensor] = {}
-    for name, parts in pieces.items():
-        shape = [max(start[d] + piece.shape[d] for start, piece in parts) for d in range(parts[0][1].ndim)]
-        if sum(piece.numel() for _, piece in parts) != math.prod(shape):
+    for name, pieces in shards.items():
+        shape = _whole_shape(pieces)
+        if sum(math.prod(part) for _, part, _ in pieces) != math.prod(shape):
             raise CheckpointError(f"{folder.parent.name}/{folder.name}: the shards of {name} do not make a whole of {shape}")
-        whole[name] = torch.empty(shape, dtype=parts[0][1].dtype)
-        for start, piece in parts:
-            whole[name][tuple(slice(a, a + n) for a, n in zip(start, piece.shape, strict=True))] = piece
+        whole[name] = torch.empty(shape, dtype=loaded[pieces[0][2]][name].dtype)
+        for start, part, path in pieces:
+            whole[name][tuple(slice(a, a + n) for a, n in zip(start, part, strict=True))] = loaded[path][name]
     return whole
 
 # %% ../nbs/45_checkpoints.ipynb #5b609773
@@ -574,6 +605,179 @@ def best_checkpoint(
         with contextlib.suppress(CheckpointError):
             return load_checkpoint(step_folder(folder, step))
     return None
+
+# %% ../nbs/45_checkpoints.ipynb #eff6c8fd
+def _rank(group: Any = None) -> int | None:
+    "This process's number in a group, or None where there are no groups."
+    return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else None
+
+
+def _together(work: Callable[[], Any], group: Any = None) -> list[Any]:
+    "Do something on every rank and gather what comes out. Raises `CheckpointError` on all if it failed on one."
+    if _rank() is None:
+        return [work()]
+    try:
+        mine = ("", work())
+    except Exception as error:
+        mine = (f"rank {dist.get_rank(group)}: {type(error).__name__}: {error}", None)
+    all_of_them: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(all_of_them, mine, group=group)
+    if faults := [fault for fault, _ in all_of_them if fault]:
+        raise CheckpointError("; ".join(faults))
+    return [value for _, value in all_of_them]
+
+
+def _write_shards(place: Path, tensors: Mapping[str, Mapping[str, Tensor]], group: Any) -> dict[str, str]:
+    "Write this rank's pieces of all groups; their digests by file name."
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
+
+    alone, rank = _rank() is None, _rank(group) or 0
+    for name, named in tensors.items():
+        held = {key: t.detach().contiguous() for key, t in named.items()}
+        save(held, storage_writer=HuggingFaceStorageWriter(str(place / name), save_distributed=True), process_group=group, no_dist=alone)
+    own = place.glob(f"*/shard-{rank + 1:05d}-*.safetensors")
+    return {p.relative_to(place).as_posix(): digest_file(p) for p in own}
+
+
+def _finish_shards(place: Path, step: int, texts: Mapping[str, bytes], digests: Mapping[str, str]) -> None:
+    "Rank 0's last part: the small files, and the manifest of everything that everybody wrote."
+    missing = [name for name in digests if not (place / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{missing[0]} of another rank is not to be seen here: all ranks must write to one shared disk")
+    small = {name: _write_hashed(place / name, [memoryview(text)]) for name, text in texts.items()}
+    write_manifest(place, digests={**digests, **small}, step=step)
+
+# %% ../nbs/45_checkpoints.ipynb #2a6607cd
+def save_sharded(
+    folder: str | Path,  # `checkpoints/` of a run, on a disk that all ranks see
+    step: int,  # weight updates done
+    tensors: Mapping[str, Mapping[str, Tensor]],  # groups of DTensors, or of plain tensors that are equal on all ranks
+    state: Mapping[str, Any],  # JSON-able; rank 0's is kept
+    extra: Mapping[str, str] | None = None,  # further text files by name; rank 0's are kept
+    scores: Mapping[str, Any] | None = None,  # what is known of this state; rank 0's is kept
+    retention: Retention | None = None,  # which ones stay; None: the last two
+    group: Any = None,  # the process group; None: all ranks
+) -> Path:  # the checkpoint
+    "Write a checkpoint by all ranks, which must all call this. Raises `CheckpointError` on every rank if it fails on one; older ones stay."
+    target, first = step_folder(folder, step), not _rank(group)  # rank 0, or the only one
+    with contextlib.ExitStack() as stack:
+        place = Path(_together(lambda: str(stack.enter_context(atomic_directory(target))) if first else "", group)[0])
+        digests = {name: digest for part in _together(lambda: _write_shards(place, tensors, group), group) for name, digest in part.items()}
+        texts = {name: text.encode() for name, text in (extra or {}).items()}
+
+        def finish() -> None:
+            if first:
+                _finish_shards(place, step, {**texts, "state.json": _state_text(step, state, scores)}, digests)
+                stack.close()  # the folder gets its name here, while an error can still be told to all
+                prune_checkpoints(folder, retention or Retention(), newest=step, proved=True)  # each rank has read its files for their digests
+
+        _together(finish, group)
+    return target
+
+
+def newest_sharded(
+    folder: str | Path,  # as for `newest_checkpoint`
+    group: Any = None,  # the process group; None: all ranks
+) -> tuple[Checkpoint | None, list[str]]:  # the same on all ranks
+    "The newest whole checkpoint: rank 0 verifies, so that not every rank reads every byte, and tells the others."
+    return _together(lambda: None if _rank(group) else newest_checkpoint(folder), group)[0]
+
+# %% ../nbs/45_checkpoints.ipynb #5a8af5b6
+def _load_whole(saved: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> None:
+    "Copy whole tensors into plain or sharded ones."
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    for key, target in named.items():
+        source = saved[key].to(target.device)
+        if isinstance(target, DTensor):
+            source = distribute_tensor(source, target.device_mesh, target.placements, src_data_rank=None)
+        target.copy_(source)
+
+
+def load_sharded(
+    checkpoint: Checkpoint,  # from `newest_sharded` or `load_checkpoint`
+    tensors: Mapping[str, Mapping[str, Tensor]],  # groups of DTensors or plain tensors, which are overwritten
+    group: Any = None,  # the process group; None: all ranks
+) -> None:
+    "Read groups into tensors, by all ranks and by any number of them. Raises `CheckpointError` on names or shapes that do not fit."
+    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+
+    for name, named in tensors.items():
+        if name not in checkpoint.groups():
+            raise CheckpointError(f"{checkpoint.path} holds no {name!r}; it holds {checkpoint.groups()}")
+        shapes = _shapes(checkpoint, name)
+        _check_fit(f"{checkpoint.path.name}/{name}", shapes, {key: list(t.shape) for key, t in named.items()})
+        targets = {key: t.detach() for key, t in named.items()}
+        with torch.no_grad():
+            if (checkpoint.path / f"{name}.safetensors").exists():
+                _load_whole(checkpoint.tensors(name), targets)
+            else:
+                reader = HuggingFaceStorageReader(str(checkpoint.path / name))
+                load(targets, storage_reader=reader, process_group=group, no_dist=_rank() is None)
+
+
+def _check_fit(place: str, saved: Mapping[str, list[int]], wanted: Mapping[str, list[int]]) -> None:
+    "Compare names and shapes."
+    for one, other, what in ((wanted, saved, "lacks"), (saved, wanted, "also holds")):
+        if extra := sorted(one.keys() - other.keys()):
+            raise CheckpointError(f"{place} {what} {', '.join(extra[:3])}{' …' if len(extra) > 3 else ''}: it does not fit")
+    for key, shape in wanted.items():
+        if saved[key] != shape:
+            raise CheckpointError(f"{place}: {key} is {saved[key]} there and {shape} here")
+
+# %% ../nbs/45_checkpoints.ipynb #44f03a72
+def _named(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    "The same tensors under names that begin with their parameter's name."
+    known = {id(p): name for name, p in model.named_parameters()}
+    numbered = [known.get(id(p), f"other-{i}") for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])]
+    split = {key: key.split(".", 1) for key in tensors}
+    return {f"{numbered[int(i)]}.{rest[0]}" if rest and i.isdigit() else key: tensors[key] for key, (i, *rest) in split.items()}
+
+
+def pack_sharded_optimizer(
+    model: nn.Module,  # whose parameters it updates
+    optimizer: torch.optim.Optimizer,  # over DTensors or plain tensors
+) -> tuple[dict[str, Tensor], dict[str, Any]]:  # tensors by "parameter's name.entry", and the rest as JSON
+    "Take an optimizer apart for `save_sharded`."
+    tensors, rest = pack_optimizer(optimizer)
+    return _named(model, optimizer, tensors), rest
+
+
+def unpack_sharded_optimizer(
+    model: nn.Module,  # whose parameters it updates; its weights stay as they are
+    optimizer: torch.optim.Optimizer,  # with the same parameters in the same groups
+    checkpoint: Checkpoint,  # from `newest_sharded`
+    rest: Mapping[str, Any],  # from `pack_sharded_optimizer`, as it was kept in the checkpoint's state
+    name: str = "optimizer",  # its group of tensors in the checkpoint
+    group: Any = None,  # the process group; None: all ranks
+) -> None:
+    "Put a sharded optimizer's state back, on any number of ranks. Raises `CheckpointError` if it does not fit."
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    optimizer.zero_grad(set_to_none=True)
+    before = [p.detach().clone() for p in model.parameters()]
+    get_optimizer_state_dict(model, optimizer)  # for what it does on the way: it makes the state
+    with torch.no_grad():
+        for p, value in zip(model.parameters(), before, strict=True):
+            p.copy_(value)
+    tensors = pack_optimizer(optimizer)[0]
+    load_sharded(checkpoint, {name: _named(model, optimizer, tensors)}, group)
+    unpack_optimizer(optimizer, tensors, rest)
+
+# %% ../nbs/45_checkpoints.ipynb #4a42e611
+def merge_checkpoint(
+    path: str | Path,  # a checkpoint, or a folder of them: then the newest whole one
+    out: str | Path,  # the file to write, `.safetensors`
+    name: str = "ema",  # which group
+) -> Path:  # the file
+    "Export one group of a checkpoint, sharded or not, to one file. Raises `CheckpointError` if there is no whole checkpoint or no such group."
+    path = Path(path)
+    checkpoint, faults = (load_checkpoint(path), []) if _step_of(path) >= 0 else newest_checkpoint(path)
+    if checkpoint is None:
+        raise CheckpointError(f"there is no whole checkpoint in {path}" + "".join(f"; {fault}" for fault in faults))
+    with atomic_file(out) as temporary:
+        save_file(checkpoint.tensors(name), temporary, metadata={"format": "pt", "step": str(checkpoint.step), "group": name})
+    return Path(out)
 
 # %% ../nbs/45_checkpoints.ipynb #07799192
 def checkpoint_bytes(
