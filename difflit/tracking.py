@@ -5,17 +5,20 @@
 # %% auto #0
 __all__ = ['TIMING_COLUMNS', 'SINKS', 'METRICS', 'read_metrics', 'Sink', 'sink', 'parse_sinks', 'open_sinks', 'CsvSink',
            'JsonlSink', 'TensorBoardSink', 'Tracker', 'add_columns', 'record', 'settle', 'flush', 'log_image', 'close',
-           'Metric', 'metric', 'measure_metrics', 'smooth', 'curves_figure', 'progress_line', 'LiveView']
+           'Metric', 'metric', 'measure_metrics', 'PrometheusSink', 'PrometheusFileSink', 'log_scores', 'WandbSink',
+           'LossBins', 'smooth', 'recent_mean', 'curves_figure', 'loss_bins_figure', 'progress_line', 'LiveView']
 
 # %% ../nbs/46_tracking.ipynb #d36e850a
 import csv
+import errno
 import importlib
 import io
 import json
 import logging
 import math
+import os
 import re
-import socket
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,6 +29,7 @@ from typing import Any, NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import yaml
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -91,7 +95,7 @@ def sink(
 
     return register
 
-# %% ../nbs/46_tracking.ipynb #47d00a28
+# %% ../nbs/46_tracking.ipynb #654b42dd
 def _value(text: str) -> int | str | bool:
     "An option's value: a whole number, true, false, else text."
     known = {"true": True, "false": False}
@@ -108,7 +112,8 @@ def parse_sinks(
         if not entry or name in ("none", "csv"):  # the table is always written
             continue
         if name not in SINKS:
-            raise SettingsError(f"there is no tracker {name!r}{nearest(name.partition(':')[0], [*SINKS, 'none'])}; options are written {name.partition(':')[0]}:name=value")
+            bare = name.partition(":")[0]
+            raise SettingsError(f"there is no tracker {name!r}{nearest(bare, [*SINKS, 'none'])}; options are written {bare}:name=value")
         found[name] = {key: _value(value) for key, _, value in (o.partition("=") for o in options)}
     return found
 
@@ -130,7 +135,9 @@ def open_sinks(
             made[name] = SINKS[name](folder, last_step, **options)
         except SettingsError:
             raise
-        except (TypeError, ImportError) as error:
+        except ImportError as error:
+            raise SettingsError(f"the tracker {name!r} needs {error.name or error}, which is not installed: pip install {error.name or name}") from None
+        except TypeError as error:
             raise SettingsError(f"the tracker {name!r} cannot be set up with {dict(options) or 'no options'}: {error}") from None
         except Exception as error:
             _told_off(name, error)
@@ -428,6 +435,191 @@ def measure_metrics(
                 raise RuntimeError(f"the metric {name!r} failed at step {step}: {type(error).__name__}: {error}") from error
     return found
 
+# %% ../nbs/46_tracking.ipynb #27ae57a5
+class _Gauges(Sink):
+    "The last value of each column, as Prometheus' gauges."
+
+    def __init__(self, folder: str | Path):
+        self._client = importlib.import_module("prometheus_client")
+        self.registry, self._gauges, self._run = self._client.CollectorRegistry(), {}, Path(folder).resolve().name
+        self._set("running", 1)
+
+    def _set(self, column: str, value: float) -> None:
+        "Set one gauge, made when first needed."
+        name = "difflit_" + re.sub(r"\W", "_", column, flags=re.ASCII)
+        if name not in self._gauges:
+            self._gauges[name] = self._client.Gauge(name, f"{column}, as last measured", ["run"], registry=self.registry)
+        self._gauges[name].labels(self._run).set(value)
+
+    def log(self, rows: Sequence[Mapping[str, float]]) -> None:
+        "Set what the rows measured last."
+        for row in rows:
+            for column, value in row.items():
+                self._set(column, value)
+
+    def close(self) -> None:
+        "Tell that the run is over."
+        self._set("running", 0)
+
+
+@sink("prometheus")
+class PrometheusSink(_Gauges):
+    "An HTTP endpoint that Prometheus fetches from."
+
+    def __init__(
+        self,
+        folder: str | Path,  # the run directory
+        last_step: int = 0,  # of no interest here
+        port: int = 9464,  # the next free one if it is taken; 0: any
+        bind: str = "127.0.0.1",  # address to listen on; 0.0.0.0 lets other machines in
+    ):
+        super().__init__(folder)
+        self._server, self._thread = self._listen(port, bind)
+        self.port = self._server.server_port
+        if port and self.port != port:
+            logging.getLogger("difflit").warning("port %d is taken: this run's metrics are on port %d", port, self.port)
+        self.address = f"http://{f'[{bind}]' if ':' in bind else bind}:{self.port}/metrics"
+        self._note = atomic_write(Path(folder) / "prometheus.txt", self.address + "\n")
+
+    def _listen(self, port: int, bind: str) -> tuple[Any, Any]:
+        "Start the server on the first free port of ten."
+        for attempt in range(10):
+            try:
+                return self._client.start_http_server(port + attempt if port else 0, bind, self.registry)
+            except (OSError, OverflowError) as error:
+                if getattr(error, "errno", None) != errno.EADDRINUSE:
+                    raise SettingsError(f"prometheus cannot listen on bind={bind} port={port} ({error}): "
+                                        "take an address of this machine and a port from 1024 to 65535") from None
+        raise SettingsError(f"prometheus finds ports {port} to {port + 9} taken: choose another, or port=0 for any")
+
+    def close(self) -> None:
+        "Stop listening."
+        super().close()
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+        self._note.unlink(missing_ok=True)
+
+
+@sink("prometheus-file")
+class PrometheusFileSink(_Gauges):
+    "A text file for a node collector."
+
+    def __init__(
+        self,
+        folder: str | Path,  # the run directory
+        last_step: int = 0,  # of no interest here
+        path: str = "",  # a file that ends in .prom, or the collector's folder; "": metrics.prom in the run directory
+    ):
+        super().__init__(folder)
+        self.path = Path(path) if path else Path(folder) / "metrics.prom"
+        self.path = self.path / f"difflit-{self._run}.prom" if self.path.is_dir() else self.path
+        if self.path.suffix != ".prom" or not self.path.parent.is_dir():
+            raise SettingsError(f"prometheus-file cannot write {self.path}: "
+                                "give a folder that exists, or a file in one with a name in .prom, the only ones that collectors read")
+        self.log([])
+
+    def log(self, rows: Sequence[Mapping[str, float]]) -> None:
+        "Replace the file."
+        super().log(rows)
+        atomic_write(self.path, self._client.generate_latest(self.registry))
+
+    def close(self) -> None:
+        "Leave the last values, with `difflit_running 0`."
+        super().close()
+        self.log([])
+
+# %% ../nbs/46_tracking.ipynb #65bee2c1
+def log_scores(
+    tracker: Tracker,  # whose sinks hear of it
+    step: int,  # of the weights that were judged
+    scores: Mapping[str, Mapping[str, Any]],  # name → value, low, high, …
+) -> None:
+    "Hand scores and their intervals to the sinks, as `score/NAME`, `score/NAME/low` and `score/NAME/high`."
+    row = {"step": float(step)}
+    for name, score in scores.items():
+        found = {"": score.get("value"), "/low": score.get("low"), "/high": score.get("high")}
+        row |= {f"score/{name}{end}": float(v) for end, v in found.items() if isinstance(v, (int, float)) and math.isfinite(v)}
+    flush(tracker)
+    _to_sinks(tracker, lambda target: target.log([row]))
+
+# %% ../nbs/46_tracking.ipynb #87222ecb
+@sink("wandb")
+class WandbSink(Sink):
+    "A run of Weights & Biases."
+
+    def __init__(
+        self,
+        folder: str | Path,  # the run directory; its settings become the run's configuration
+        last_step: int = 0,  # above 0 the run goes on under its old identity
+        project: str = "difflit",  # that the run belongs to
+        mode: str = "",  # online, offline; "": W&B's own choice
+        entity: str = "",  # team or user; "": whoever is logged in
+        name: str = "",  # of the run; "": the folder's
+    ):
+        folder = Path(folder).resolve()
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # reports of its own crashes go nowhere unasked
+        self._wandb: Any = importlib.import_module("wandb")
+        note, settings = folder / "wandb-id.txt", folder / "settings.yaml"
+        old = note.read_text(encoding="utf-8").strip() if last_step and note.exists() else ""
+        self.id = old or secrets.token_hex(4)
+        self._run = self._wandb.init(
+            project=project, entity=entity or None, name=name or folder.name, id=self.id, dir=str(folder), mode=mode or None, resume="allow" if old else None,
+            config=yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.exists() else None,
+            settings=self._wandb.Settings(console="off", silent=True))
+        atomic_write(note, self.id + "\n")
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, rows: Sequence[Mapping[str, float]]) -> None:
+        "Log rows."
+        for row in rows:
+            self._run.log({**row, "step": int(row["step"])})
+
+    def image(self, name: str, step: int, picture: np.ndarray) -> None:
+        "Log a picture."
+        self._run.log({name: self._wandb.Image(picture), "step": step})
+
+    def close(self) -> None:
+        "Finish the run."
+        self._run.finish()
+
+# %% ../nbs/46_tracking.ipynb #e9d1a16f
+class LossBins:
+    "Training loss by bin of time, gathered over some steps, without waiting for the device."
+
+    def __init__(
+        self,
+        bins: int = 10,  # equal parts of the time axis
+        timesteps: int = 1000,  # T, where times are integers
+    ):
+        self.bins, self.timesteps = bins, timesteps
+        self.columns = tuple(f"loss_bin{i}" for i in range(bins))
+        self._kept: list[tuple[Tensor, Tensor]] = []
+
+    def add(
+        self,
+        losses: Tensor,  # one per sample, [B]
+        times: Tensor | None,  # theirs, [B]; None: a task without times adds nothing
+    ) -> None:
+        "Keep the losses of a micro-batch."
+        if times is not None:
+            self._kept.append((losses.detach(), times.detach()))
+
+    def take(
+        self,
+        reduce: Callable[[Tensor], Tensor] | None = None,  # adds a tensor up over processes; None: there is one
+    ) -> dict[str, Tensor]:  # column → 0-dimensional mean, for `record`; NaN where no sample fell
+        "The means since the last call. With several processes all must call, each having added something."
+        if not self._kept:
+            return {}
+        losses, times = (torch.cat(found) for found in zip(*self._kept))
+        self._kept = []
+        found = loss_by_bin(losses, times, self.bins, self.timesteps)
+        sums = torch.stack([found.mean.double() * found.samples, found.samples.double()])
+        total, count = (reduce(sums) if reduce else sums).unbind()
+        return dict(zip(self.columns, (total / count).float().unbind()))
+
 # %% ../nbs/46_tracking.ipynb #6ccb5d19
 def smooth(
     values: Sequence[float] | np.ndarray,  # one-dimensional
@@ -441,6 +633,16 @@ def smooth(
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
+def recent_mean(
+    rows: Sequence[Mapping[str, float]],  # `tracker.rows`
+    name: str,  # a column
+    count: int = 50,  # how many rows at most, from the end
+) -> float | None:  # None if none of them has it
+    "Mean of a column's latest values: what a progress line shows of a noisy number."
+    values = [row[name] for row in rows[-count:] if name in row]
+    return sum(values) / len(values) if values else None
+
+
 _PANELS = {"loss": "loss", "lr": "learning rate", "grad_norm": "gradient norm", "images_per_second": "images/s", "memory_gb": "memory, GB"}
 
 
@@ -449,27 +651,66 @@ def curves_figure(
     title: str = "",  # above the figure
 ) -> Figure:  # loss, learning rate, gradient norm, speed, memory
     "Loss with validation, learning rate, gradient norm, images per second and memory against the step."
-    figure, axes = plt.subplots(1, len(_PANELS), figsize=(13, 2.5), dpi=80)
-    columns = {c: [(r["step"], r[c]) for r in rows if c in r] for c in (*_PANELS, "val_loss")}
+    panels = _PANELS | ({"loss_scale": "loss scale"} if any("loss_scale" in r for r in rows) else {})
+    figure, axes = plt.subplots(1, len(panels), figsize=(2.6 * len(panels), 2.5), dpi=80)
+    columns = {c: np.array([(r["step"], r[c]) for r in rows if c in r]).reshape(-1, 2).T for c in (*panels, "val_loss", "overflows")}
     window = max(1, len(rows) // 40)
-    for axis, (name, label) in zip(axes, _PANELS.items()):
-        steps, values = np.array(columns[name]).T if columns[name] else (np.zeros(0), np.zeros(0))
-        faint = name not in ("lr", "memory_gb")
-        axis.plot(steps, values, lw=0.5 if faint else 1.5, alpha=0.3 if faint else 1, color="C0")
+    for axis, (name, label) in zip(axes, panels.items()):
+        steps, values = columns[name]
+        thin = max(1, len(steps) // 2000)  # more points than pixels cost time and show nothing
+        faint = name not in ("lr", "memory_gb", "loss_scale")
+        axis.plot(steps[::thin], values[::thin], lw=0.5 if faint else 1.5, alpha=0.3 if faint else 1, color="C0")
         if faint and len(values):
-            axis.plot(steps, smooth(values, window), lw=1.5, color="C0", label="training")
+            axis.plot(steps[::thin], smooth(values, window)[::thin], lw=1.5, color="C0", label="training")
         axis.set_title(label, fontsize=10)
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=8)
-    if columns["val_loss"]:
-        axes[0].plot(*np.array(columns["val_loss"]).T, "o-", ms=3, color="C1", label="validation")
-    if columns["loss"]:
-        losses = np.array([v for _, v in columns["loss"]])
+    if len(losses := columns["loss"][1]):
+        if len(columns["val_loss"][0]):
+            axes[0].plot(*columns["val_loss"], "o-", ms=3, color="C1", label="validation")
         axes[0].set_ylim(0.9 * np.nanmin(smooth(losses, window)), 1.05 * np.nanpercentile(losses, 97) + 1e-9)
         axes[0].legend(fontsize=8)
-    for axis in axes[3:]:
-        axis.set_ylim(bottom=0)
+    for axis, name in zip(axes[3:5], ("images_per_second", "memory_gb")):
+        axis.set_ylim(0, 1.1 * max(columns[name][1], default=1.0))
+    if "loss_scale" in panels:
+        _mark_overflows(axes[5], columns["loss_scale"], columns["overflows"])
     figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def _mark_overflows(axis: Any, scale: np.ndarray, overflows: np.ndarray) -> None:
+    "Cross the steps where the count of overflows rose, or the scale fell."
+    fallen = scale[0][1:][np.diff(scale[1]) < 0]
+    steps = np.union1d(fallen, overflows[0][1:][np.diff(overflows[1]) > 0])
+    axis.plot(steps, np.interp(steps, *scale), "x", ms=5, color="C3", label="overflow")
+    axis.set_yscale("log", base=2)
+    if len(steps):
+        axis.legend(fontsize=8)
+
+
+def loss_bins_figure(
+    rows: Sequence[Mapping[str, float]],  # `tracker.rows`
+) -> Figure | None:  # None if the loss was not binned
+    "Training loss by bin of time, over the run and at its end."
+    names = sorted({n for row in rows for n in row if n.startswith("loss_bin")}, key=lambda n: int(n[8:]))
+    measured = [row for row in rows if any(n in row for n in names)]
+    if not measured:
+        return None
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.8), dpi=80, gridspec_kw={"width_ratios": [2, 1]})
+    window = max(1, len(measured) // 15)
+    for i, name in enumerate(names):
+        steps, values = np.array([(row["step"], row[name]) for row in measured if name in row]).reshape(-1, 2).T
+        if len(values):
+            smoothed, colour = smooth(values, window), plt.cm.viridis(0.9 * i / max(1, len(names) - 1))
+            left.plot(steps, smoothed, lw=1.2, color=colour, label={0: "image", len(names) - 1: "noise"}.get(i))
+            right.bar(i, smoothed[-1], color=colour)
+    left.set_yscale("log")
+    left.legend(fontsize=8)
+    for axis, label, title in ((left, "step", "loss by time"), (right, "bin of time: image … noise", "now")):
+        axis.set_xlabel(label, fontsize=8)
+        axis.set_title(title, fontsize=10)
+        axis.tick_params(labelsize=8)
     figure.tight_layout()
     return figure
 
@@ -483,6 +724,14 @@ def _in_kernel() -> bool:
     return get_ipython() is not None and hasattr(get_ipython(), "kernel")
 
 
+def _clock(seconds: float) -> str:
+    "A length of time as people read it."
+    minutes, hours = int(seconds // 60), int(seconds // 3600)
+    if hours >= 48:
+        return f"{hours // 24} d {hours % 24} h"
+    return f"{hours}:{minutes % 60:02d}:{int(seconds % 60):02d}" if hours else f"{minutes}:{int(seconds % 60):02d}"
+
+
 def progress_line(
     step: int,  # done
     steps: int,  # in all
@@ -494,14 +743,13 @@ def progress_line(
     done = step / max(1, steps)
     bar = "█" * int(30 * done) + "░" * (30 - int(30 * done))
     rate = (step - first) / seconds if seconds > 0 else 0.0
-    left = (steps - step) / rate if rate else 0.0
-    ends = "done" if step >= steps else f"{int(left // 60)}:{int(left % 60):02d} left"
+    ends = "done" if step >= steps else f"{_clock((steps - step) / rate) if rate > 0 else '?'} left"
     shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
-    return f"{bar} {step}/{steps}  {rate:.2f} steps/s  {int(seconds // 60)}:{int(seconds % 60):02d} gone, {ends}  {shown}".rstrip()
+    return f"{bar} {step}/{steps}  {rate:.2f} steps/s  {_clock(seconds)} gone, {ends}  {shown}".rstrip()
 
 # %% ../nbs/46_tracking.ipynb #fd09a08e
 class LiveView:
-    "A progress line and the curves, shown in place: in a notebook by display updates, in a terminal by one rewritten line."
+    "A progress line and the curves, shown in place: in a notebook by display updates, in a terminal by one rewritten line; elsewhere a line now and then."
 
     def __init__(
         self,
@@ -513,7 +761,7 @@ class LiveView:
         self.tracker, self.steps, self.first, self.plot_every_seconds = tracker, steps, first, plot_every_seconds
         self.start = self._line_at = self._plot_at = time.perf_counter()
         self._handles: list[Any] = []
-        self._notebook = _in_kernel()
+        self._notebook, self._terminal = _in_kernel(), sys.stdout.isatty()
 
     def show(
         self,
@@ -522,14 +770,14 @@ class LiveView:
     ) -> None:
         "Bring line and picture up to date, if it is time."
         now = time.perf_counter()
-        if not last and now - self._line_at < 0.5:
+        if not last and now - self._line_at < (0.5 if self._notebook or self._terminal else 30.0):
             return
         self._line_at = now
-        latest = self.tracker.rows[-1] if self.tracker.rows else {}
-        values = {k: latest[k] for k in ("loss", "lr") if k in latest}
+        shown = {"loss": recent_mean(self.tracker.rows, "loss"), "lr": recent_mean(self.tracker.rows, "lr", 1)}
+        values = {k: v for k, v in shown.items() if v is not None}
         line = progress_line(step, self.steps, now - self.start, self.first, **values)
         if not self._notebook:
-            print("\r" + line, end="\n" if last else "", flush=True)
+            print("\r" + line if self._terminal else line, end="" if self._terminal and not last else "\n", flush=True)
             return
         plot = last or now - self._plot_at > self.plot_every_seconds or len(self._handles) < 2
         figure = curves_figure(self.tracker.rows) if plot and self.tracker.rows else None
