@@ -156,10 +156,13 @@ class TextToImage(DiffusionTask):
         "What the network is shown of the picture itself: here nothing."
         return {}
 
-    def _judged(self, batch: Mapping[str, Any], times: Tensor, noised: Tensor, answer: Tensor, target: Tensor, loss: Tensor, raw: Tensor, purpose: str) -> TaskLoss:
+    def _judged(
+        self, batch: Mapping[str, Any], times: Tensor, noised: Tensor, answer: Tensor, target: Tensor, loss: Tensor, raw: Tensor, purpose: str
+    ) -> TaskLoss:
         "The losses of a batch, with further terms in training."
         if purpose != "train" or not self.terms:
             return TaskLoss(loss, raw.detach(), times)
+        assert isinstance(self.terms, Terms)
         whole, parts = add_terms(self.terms, loss, self.diffusion, answer, target, noised, batch["image"], times, batch)
         return TaskLoss(whole, raw.detach(), times, parts)
 
