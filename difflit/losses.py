@@ -415,8 +415,43 @@ class PatchDiscriminator(nn.Module):
         self.eval()
 
 # %% ../nbs/47_losses.ipynb #d62297af
+class _Trained(LossTerm):
+    "What a term with a network of its own has to save."
+
+    network: PatchDiscriminator
+    optimizer: torch.optim.Optimizer
+
+    def to(self, device: torch.device | str) -> LossTerm:
+        "Move the discriminator and what its optimizer knows."
+        self.network.to(device)
+        unpack_optimizer(self.optimizer, *pack_optimizer(self.optimizer))
+        return self
+
+    def tensors(self) -> dict[str, Tensor]:
+        "Weights, vectors of the power iteration, moments."
+        moments = {f"optimizer.{k}": v for k, v in pack_optimizer(self.optimizer)[0].items()}
+        return {**{f"network.{k}": v for k, v in self.network.state_dict().items()}, **moments}
+
+    def state_dict(self) -> dict[str, Any]:
+        "The optimizer's settings."
+        return {"optimizer": pack_optimizer(self.optimizer)[1]}
+
+    def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        "Go on where another was. Raises `CheckpointError` if it was of another shape."
+        parts: dict[str, dict[str, Tensor]] = {"network": {}, "optimizer": {}}
+        for key, value in tensors.items():
+            part, _, name = key.partition(".")
+            parts[part][name] = value
+        try:
+            self.network.load_state_dict(parts["network"])
+            unpack_optimizer(self.optimizer, parts["optimizer"], state["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"the checkpoint's discriminator does not fit this one: {error}") from None
+        self.forget()
+
+# %% ../nbs/47_losses.ipynb #9333115c
 @loss_term("adversarial")
-class Adversarial(LossTerm):
+class Adversarial(_Trained):
     "A discriminator that trains beside the network. Sources: Goodfellow et al. 2014; hinge loss: Miyato et al. 2018, eq. 16 and 17."
 
     argument = "lr"
@@ -449,34 +484,6 @@ class Adversarial(LossTerm):
         "One step of the discriminator on all that was kept: loss, and the share of patches it judges rightly."
         kept, self.kept = self.kept, []
         return _train_discriminator(self.network, self.optimizer, kept) if kept else {}
-
-    def to(self, device: torch.device | str) -> LossTerm:
-        "Move the discriminator and what its optimizer knows."
-        self.network.to(device)
-        unpack_optimizer(self.optimizer, *pack_optimizer(self.optimizer))
-        return self
-
-    def tensors(self) -> dict[str, Tensor]:
-        "Weights, vectors of the power iteration, moments."
-        moments = {f"optimizer.{k}": v for k, v in pack_optimizer(self.optimizer)[0].items()}
-        return {**{f"network.{k}": v for k, v in self.network.state_dict().items()}, **moments}
-
-    def state_dict(self) -> dict[str, Any]:
-        "The optimizer's settings."
-        return {"optimizer": pack_optimizer(self.optimizer)[1]}
-
-    def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        "Go on where another was. Raises `CheckpointError` if it was of another shape."
-        parts: dict[str, dict[str, Tensor]] = {"network": {}, "optimizer": {}}
-        for key, value in tensors.items():
-            part, _, name = key.partition(".")
-            parts[part][name] = value
-        try:
-            self.network.load_state_dict(parts["network"])
-            unpack_optimizer(self.optimizer, parts["optimizer"], state["optimizer"])
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise CheckpointError(f"the checkpoint's discriminator does not fit this one: {error}") from None
-        self.forget()
 
 # %% ../nbs/47_losses.ipynb #3927a645
 def _average_gradients(parameters: Iterable[nn.Parameter]) -> None:

@@ -769,7 +769,7 @@ class StreamLoader(_Stateful):
         self._start = start
         self._begin(0, 0)
 
-
+# %% ../nbs/19_streams.ipynb #0bae0472
 def _weigher(class_weights: str) -> Callable[[Encoded], float] | None:
     "The weight of a sample by its metadata. A stream cannot count its classes, so their sizes are written."
     if not class_weights:

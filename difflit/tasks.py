@@ -84,7 +84,7 @@ def weighted(
     "Count samples as the batch says: rare classes more, where the run asks for that."
     return replace(result, loss=batch["weight"].to(result.loss) * result.loss) if "weight" in batch else result
 
-
+# %% ../nbs/48_tasks.ipynb #e95a286f
 @dataclass
 class DiffusionTask:
     "Noise and times for every sample by its position; what is compared with what, a subclass says in `_compare`."
