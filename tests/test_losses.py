@@ -158,9 +158,11 @@ def test_samples_that_are_not_finite_do_not_reach_the_discriminator():
 
 
 def test_micro_batches_make_the_same_step_and_forgotten_ones_none():
-    whole, cut = Run("adversarial=0.1").train(0, 3), Run("adversarial=0.1", accumulate=2).train(0, 3)
-    for (name, a), b in zip(whole.everything().items(), cut.everything().values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
+    whole, cut = (Run("adversarial=0.1", accumulate=n).train(0, 1).everything() for n in (1, 2))
+    moments = [name for name in whole if name.endswith("exp_avg")]  # after one step half of the gradient; weights after Adam would hide its size
+    assert moments
+    for name in moments:
+        torch.testing.assert_close(whole[name], cut[name], rtol=1e-3, atol=1e-6)
     run = Run("adversarial=0.1")
     before = {k: v.clone() for k, v in pack_terms(run.task.terms)[0].items()}
     run.task.loss(run.network, batch_of(0))
