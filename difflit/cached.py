@@ -30,7 +30,7 @@ from .augmentation import nearest_bucket
 from .caching import CacheError, Store, caption_keys, with_variant
 from .data import DamagedSample, DataError, Encoded, Sample, Skipped, Source, upright_rgb
 from .files import atomic_directory, digest_bytes, read_json, write_json
-from .loading import MixedSource, differences, dropped, make_order
+from .loading import MixedSource, differences, dropped, make_order, sample_weights
 from .ordering import Buckets, Epochs, Mixture, Order, Subset
 from .randomness import integers
 from .runs import rank_and_world
@@ -482,6 +482,7 @@ class _Sequence:
     position: int
     _encode: Callable[[list[str]], Mapping[str, Any]] | None
     _lengths: Mapping[str, int] | None
+    _weights: np.ndarray | None
     _ahead: _Ahead | None
 
     def _make(self, start: int) -> dict[str, Any]:
@@ -492,6 +493,8 @@ class _Sequence:
         silent = dropped(self.seed, positions, self.uncond_p).numpy() if self.uncond_p else None
         indices = self.order.at(positions).numpy()
         batch = read_batch(self.source, indices, positions, variants=variants, silent=silent, lengths=self._lengths, encode=self._encode)
+        if self._weights is not None:
+            batch["weight"] = torch.from_numpy(self._weights[indices])
         return {k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in batch.items()} if self.pin and torch.cuda.is_available() else batch
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -576,6 +579,7 @@ class CachedLoader(_Resumable):
         drop_last: bool = False,  # give up what does not fill a batch at an epoch's end
         block: int = 0,  # neighbours that stay near one another in time, for slow storage
         balance: str = "",  # a metadata key whose classes are drawn equally often
+        class_weights: str = "",  # a metadata key, perhaps with β, whose rare classes count more: batches then hold `weight`
         pin: bool = False,  # hand out pinned memory, from which a GPU can fetch by itself
     ):
         "Raises `ValueError` if a batch cannot be divided among the ranks."
@@ -585,7 +589,7 @@ class CachedLoader(_Resumable):
             raise ValueError(f"batch_size={batch_size} cannot be divided among {self.world} processes")
         self.source, self.batch_size, self.seed, self.uncond_p, self.workers, self.pin = source, batch_size, seed, uncond_p, workers, pin
         self.order = _cached_order(source, seed, batch_size, drop_last, block, balance)
-        self._encode, self._lengths = encode, lengths
+        self._encode, self._lengths, self._weights = encode, lengths, sample_weights(source, class_weights, balance)
         self.varied = " ".join([*([f"variants={source.variants}"] if source.variants > 1 else []), *([f"uncond_p={uncond_p:g}"] if uncond_p else [])])
         self.damaged: dict[int, Any] = {}
         self._ahead: _Ahead | None = None

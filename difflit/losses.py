@@ -7,7 +7,7 @@ __all__ = ['LOSS_TERMS', 'LossTerm', 'loss_term', 'signal_share', 'Terms', 'add_
            'pack_terms', 'unpack_terms', 'Huber', 'L1', 'RandomFilters', 'ClipDistance', 'choose_distance',
            'Perceptual', 'PatchDiscriminator', 'Adversarial', 'parse_terms']
 
-# %% ../nbs/47_losses.ipynb #323bc49d
+# %% ../nbs/47_losses.ipynb #3d788115
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,9 +21,9 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from .checkpoints import CheckpointError, pack_optimizer, unpack_optimizer
 from .config import SettingsError, nearest
-from .diffusion import Diffusion, mse
+from .diffusion import Diffusion
 from .models import load_model
-from .perception import Clip
+from .perception import Clip, load_lpips
 from .randomness import normal, stream_key
 
 # %% ../nbs/47_losses.ipynb #6aa80ddb
@@ -259,7 +259,7 @@ def _number(term: str, name: str, value: Any) -> float:
         raise SettingsError(f"the loss term {term!r} needs a number above 0 as {name}, not {value!r}")
     return number
 
-# %% ../nbs/47_losses.ipynb #12eaec2a
+# %% ../nbs/47_losses.ipynb #1dd96ef4
 def _unit(features: Tensor) -> Tensor:
     "Features of unit length at each place; the small number keeps flat areas, and their gradients, small."
     return features / features.square().sum(1, keepdim=True).add(1e-2).sqrt()
@@ -267,6 +267,7 @@ def _unit(features: Tensor) -> Tensor:
 
 class RandomFilters(nn.Module):
     "A distance by fixed random filters at several scales: no trained weights, nothing to fetch."
+    bank: Tensor
 
     def __init__(
         self,
@@ -297,7 +298,7 @@ class RandomFilters(nn.Module):
             total = total + (a - b).square().sum(1).flatten(1).mean(1)
         return total / len(self.bank)
 
-# %% ../nbs/47_losses.ipynb #0374fcba
+# %% ../nbs/47_losses.ipynb #d09d1995
 class ClipDistance(nn.Module):
     "How far apart a CLIP finds two pictures: one minus the cosine of its features."
 
@@ -328,14 +329,17 @@ def choose_distance(
     "A perceptual distance by name. Raises `SettingsError` that says what would be right."
     if name == "filters":
         return RandomFilters(channels)
+    if name.partition(":")[0] == "lpips":
+        vgg, _, linear = name.partition(":")[2].partition("+")
+        return load_lpips(vgg or None, linear or None)
     if not Path(name).expanduser().exists():
-        raise SettingsError(f"there is no perceptual distance {name!r}{nearest(name, ['filters'])}, and no folder of that name")
+        raise SettingsError(f"there is no perceptual distance {name!r}{nearest(name, ['filters', 'lpips'])}, and no folder of that name")
     model, _ = load_model(name)
     if not isinstance(model, Clip):
         raise SettingsError(f"{name} holds a {type(model).__name__}; a perceptual distance needs a Clip")
     return ClipDistance(model)
 
-# %% ../nbs/47_losses.ipynb #eb4b4479
+# %% ../nbs/47_losses.ipynb #d8e97960
 @loss_term("perceptual")
 class Perceptual(LossTerm):
     "Distance of pictures as a frozen network sees them. Source: Zhang et al. 2018, eq. 1."
@@ -369,7 +373,7 @@ class Perceptual(LossTerm):
         self.distance.to(device)
         return self
 
-# %% ../nbs/47_losses.ipynb #44c2a8cc
+# %% ../nbs/47_losses.ipynb #33b3895b
 class PatchDiscriminator(nn.Module):
     "How true each patch of a picture looks. Sources: Isola et al. 2017, section 3.2.2; spectral norm: Miyato et al. 2018, algorithm 1."
 
@@ -410,9 +414,44 @@ class PatchDiscriminator(nn.Module):
             convolution.weight  # noqa: B018  reading it in training mode is the iteration
         self.eval()
 
-# %% ../nbs/47_losses.ipynb #fd383525
+# %% ../nbs/47_losses.ipynb #d62297af
+class _Trained(LossTerm):
+    "What a term with a network of its own has to save."
+
+    network: PatchDiscriminator
+    optimizer: torch.optim.Optimizer
+
+    def to(self, device: torch.device | str) -> LossTerm:
+        "Move the discriminator and what its optimizer knows."
+        self.network.to(device)
+        unpack_optimizer(self.optimizer, *pack_optimizer(self.optimizer))
+        return self
+
+    def tensors(self) -> dict[str, Tensor]:
+        "Weights, vectors of the power iteration, moments."
+        moments = {f"optimizer.{k}": v for k, v in pack_optimizer(self.optimizer)[0].items()}
+        return {**{f"network.{k}": v for k, v in self.network.state_dict().items()}, **moments}
+
+    def state_dict(self) -> dict[str, Any]:
+        "The optimizer's settings."
+        return {"optimizer": pack_optimizer(self.optimizer)[1]}
+
+    def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        "Go on where another was. Raises `CheckpointError` if it was of another shape."
+        parts: dict[str, dict[str, Tensor]] = {"network": {}, "optimizer": {}}
+        for key, value in tensors.items():
+            part, _, name = key.partition(".")
+            parts[part][name] = value
+        try:
+            self.network.load_state_dict(parts["network"])
+            unpack_optimizer(self.optimizer, parts["optimizer"], state["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"the checkpoint's discriminator does not fit this one: {error}") from None
+        self.forget()
+
+# %% ../nbs/47_losses.ipynb #9333115c
 @loss_term("adversarial")
-class Adversarial(LossTerm):
+class Adversarial(_Trained):
     "A discriminator that trains beside the network. Sources: Goodfellow et al. 2014; hinge loss: Miyato et al. 2018, eq. 16 and 17."
 
     argument = "lr"
@@ -446,35 +485,7 @@ class Adversarial(LossTerm):
         kept, self.kept = self.kept, []
         return _train_discriminator(self.network, self.optimizer, kept) if kept else {}
 
-    def to(self, device: torch.device | str) -> LossTerm:
-        "Move the discriminator and what its optimizer knows."
-        self.network.to(device)
-        unpack_optimizer(self.optimizer, *pack_optimizer(self.optimizer))
-        return self
-
-    def tensors(self) -> dict[str, Tensor]:
-        "Weights, vectors of the power iteration, moments."
-        moments = {f"optimizer.{k}": v for k, v in pack_optimizer(self.optimizer)[0].items()}
-        return {**{f"network.{k}": v for k, v in self.network.state_dict().items()}, **moments}
-
-    def state_dict(self) -> dict[str, Any]:
-        "The optimizer's settings."
-        return {"optimizer": pack_optimizer(self.optimizer)[1]}
-
-    def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        "Go on where another was. Raises `CheckpointError` if it was of another shape."
-        parts: dict[str, dict[str, Tensor]] = {"network": {}, "optimizer": {}}
-        for key, value in tensors.items():
-            part, _, name = key.partition(".")
-            parts[part][name] = value
-        try:
-            self.network.load_state_dict(parts["network"])
-            unpack_optimizer(self.optimizer, parts["optimizer"], state["optimizer"])
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise CheckpointError(f"the checkpoint's discriminator does not fit this one: {error}") from None
-        self.forget()
-
-# %% ../nbs/47_losses.ipynb #bfc0b0d2
+# %% ../nbs/47_losses.ipynb #3927a645
 def _average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     "The mean of all processes' gradients, each with an equal share of the samples: one message for all of them."
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()) or torch.distributed.get_world_size() == 1:
@@ -508,7 +519,7 @@ def _train_discriminator(network: PatchDiscriminator, optimizer: torch.optim.Opt
     network.requires_grad_(False)
     return {"loss_discriminator": torch.stack(losses).sum(), "discriminator_right": torch.stack(right).sum()}
 
-# %% ../nbs/47_losses.ipynb #1377227d
+# %% ../nbs/47_losses.ipynb #4302bcb8
 def _one_term(word: str, known: Mapping[str, Any]) -> tuple[str, float, dict[str, Any]]:
     "Name, weight and options of one entry, such as `huber:0.1=1`."
     head, equals, tail = word.rpartition("=") if "=" in word else (word, "", "1")

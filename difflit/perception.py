@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['CLIP_MEANS', 'CLIP_STDS', 'CLIPS', 'Text', 'Gradient', 'ClipConfig', 'ClipBlock', 'TextTower', 'VisionTower',
            'ConvTower', 'Clip', 'create_clip', 'load_noised_clip', 'noised_clip_tokens', 'same_rows',
-           'contrastive_loss', 'clip_gradient', 'Cutouts', 'cutout_boxes', 'cutouts', 'clean_clip_gradient']
+           'contrastive_loss', 'clip_gradient', 'Cutouts', 'cutout_boxes', 'cutouts', 'clean_clip_gradient', 'Lpips',
+           'load_lpips']
 
 # %% ../nbs/30_perception.ipynb #1f30aa0f
+import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -531,3 +533,71 @@ def clean_clip_gradient(
         return scale * alike / owner.bincount(minlength=len(x0))[owner]
 
     return lambda x0, time: _ascend(lambda copy: score(copy, time), x0)
+
+# %% ../nbs/30_perception.ipynb #ccca5b9e
+_VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512)  # widths of convolutions, 0: halve
+_DEPTHS = (3, 8, 15, 22, 29)  # the last ReLU before each halving, in torchvision's numbering
+
+
+class Lpips(nn.Module):
+    "A perceptual distance. Source: Zhang et al. 2018, eq. 1."
+    means: Tensor
+    stds: Tensor
+
+    def __init__(self):
+        super().__init__()
+        layers: list[nn.Module] = []
+        width = 3
+        for wanted in _VGG16:
+            layers += [nn.Conv2d(width, wanted, 3, padding=1), nn.ReLU()] if wanted else [nn.MaxPool2d(2)]
+            width = wanted or width
+        self.features = nn.Sequential(*layers)
+        self.linear = nn.ParameterList([torch.ones(c) for c in (64, 128, 256, 512, 512)])
+        self.register_buffer("means", torch.tensor((-0.030, -0.088, -0.188)).view(3, 1, 1), persistent=False)
+        self.register_buffer("stds", torch.tensor((0.458, 0.448, 0.450)).view(3, 1, 1), persistent=False)
+
+    def forward(
+        self,
+        predicted: Tensor,  # [B, 3, H, W] in about −1…1, sides of 16 or more
+        true: Tensor,  # same shape
+    ) -> Tensor:  # [B], 0 for equal pictures
+        "Distance of each pair. Raises `ValueError` for pictures that are too small."
+        if predicted.shape[1] != 3 or min(predicted.shape[-2:]) < 16:
+            raise ValueError(f"LPIPS looks at pictures of 3 channels with sides of 16 or more, not {list(predicted.shape[1:])}")
+        x, total = (torch.cat([predicted, true]) - self.means) / self.stds, predicted.new_zeros(len(predicted))
+        for i, layer in enumerate(self.features):
+            x = layer(x)
+            if i in _DEPTHS:
+                a, b = (x / (x.square().sum(1, keepdim=True) + 1e-8).sqrt()).chunk(2)
+                total = total + torch.einsum("bchw,c->bhw", (a - b).square(), self.linear[_DEPTHS.index(i)]).flatten(1).mean(1)
+        return total
+
+# %% ../nbs/30_perception.ipynb #5f663716
+def _lpips_files() -> tuple[Path, Path]:
+    "Where the two files lie if somebody fetched them."
+    cache = Path(torch.hub.get_dir()) / "checkpoints"
+    inside = {"torchmetrics": "functional/image/lpips_models/vgg.pth", "lpips": "weights/v0.1/vgg.pth"}
+    specs = {name: importlib.util.find_spec(name) for name in inside}
+    places = [Path(spec.submodule_search_locations[0]) / inside[n] for n, spec in specs.items() if spec and spec.submodule_search_locations]
+    return cache / "vgg16-397923af.pth", next((p for p in places if p.is_file()), cache / "lpips_vgg.pth")
+
+
+def load_lpips(
+    vgg_file: str | Path | None = None,  # torchvision's vgg16, a state dict; None: torch's cache
+    linear_file: str | Path | None = None,  # LPIPS's linear weights for it, a state dict; None: torch's cache, or an installed torchmetrics or lpips
+) -> Lpips:  # frozen
+    "Read LPIPS from local files, tensors only. Raises `SettingsError` naming the file that is missing or does not fit."
+    usual = _lpips_files()
+    model, found = Lpips(), []
+    for file, what in ((Path(vgg_file or usual[0]), "torchvision's vgg16"), (Path(linear_file or usual[1]), "the linear weights of LPIPS for vgg")):
+        try:
+            found.append(torch.load(file, map_location="cpu", weights_only=True))
+        except Exception as error:  # a missing file, a broken zip, a pickled object: all mean the same to a user
+            raise SettingsError(f"{file} should hold {what} and cannot be read ({str(error)[:100]}); put the file there, or say where it is") from None
+    try:
+        model.features.load_state_dict({k.removeprefix("features."): v for k, v in found[0].items() if k.startswith("features.")})
+        for i, weight in enumerate(model.linear):
+            weight.data.copy_(found[1][f"lin{i}.model.1.weight"].view(weight.shape))
+    except (RuntimeError, KeyError) as error:
+        raise SettingsError(f"these files do not hold torchvision's vgg16 and LPIPS's linear weights for it: {str(error)[:200]}") from None
+    return model.eval().requires_grad_(False)

@@ -38,7 +38,7 @@ from .config import nearest
 from .data import DamagedSample, DataError, Encode, Encoded, Sample, Source
 from .decoding import decode_full, peek, pick_decoder
 from .files import digest_bytes, digest_file
-from .loading import dropped, put_together
+from .loading import dropped, parse_weighing, put_together
 from .randomness import permute, uniform
 from .runs import rank_and_world
 from .selection import _SIZES, SeenBefore, parse_rules
@@ -572,6 +572,7 @@ class _Batches:
     uncond_p: float
     encode: Encode | None
     raw: bool
+    weigh: Callable[[Encoded], float] | None = None
 
     def fill(self, samples: Iterator[tuple[int, Encoded]], positions: Tensor) -> tuple[list[Encoded], np.ndarray]:
         "A sample for each position, with its picture; what cannot be decoded makes way for the next."
@@ -600,7 +601,8 @@ class _Batches:
             found, pixels = self.fill(samples, positions)
             silent = dropped(self.stream.seed, positions, self.uncond_p).tolist()
             captions = ["" if s else f.caption for f, s in zip(found, silent)]
-            yield put_together(pixels, captions, [f.id for f in found], positions, self.encode, self.raw), self.stream.places.first_unsettled()
+            weights = np.array([self.weigh(f) for f in found], np.float32) if self.weigh is not None else None
+            yield put_together(pixels, captions, [f.id for f in found], positions, self.encode, self.raw, weights), self.stream.places.first_unsettled()
 
 # %% ../nbs/19_streams.ipynb #8b0ad7ec
 class _Resumable:
@@ -747,6 +749,7 @@ class StreamLoader(_Stateful):
         on_bad: Callable[[str, str], None] | None = None,  # told once of everything unusable: where, why
         decoder: str = "auto",  # of JPEGs; the names are in `difflit.decoding`
         raw: bool = False,  # hand out pictures as bytes, which `difflit.data.as_numbers` makes numbers; beside a GPU in memory it can fetch from by itself
+        class_weights: str = "",  # a metadata key with β and the classes' sizes, `label:0.99: cat=900 dog=100`: batches then hold `weight`
     ):
         "Raises `DataError` if there is nothing to read, `ValueError` if a batch cannot be divided among the ranks."
         ours, all_ranks = rank_and_world()
@@ -756,14 +759,34 @@ class StreamLoader(_Stateful):
         self.tars, self.batch_size, self.seed, self.workers = _addresses(tars), batch_size, seed, workers
         augmentation, names = Augmentation(crop=crop, jitter=jitter, trim=trim), parse_layout(layout)
         parse_rules(where)  # refused here, not in a thread
+        weigh = _weigher(class_weights)
 
         def start(place: int, position: int, seen: Path | None) -> _Batches:
             stream = TarStream(self.tars, names, where, seed, self.rank, self.world, place, buffer, unique, bad_samples, patience, on_bad, seen)
             painter = _Painter(image_size, seed, augmentation, flip, pick_decoder(decoder), workers)
-            return _Batches(stream, painter, batch_size, uncond_p, encode, raw)
+            return _Batches(stream, painter, batch_size, uncond_p, encode, raw, weigh)
 
         self._start = start
         self._begin(0, 0)
+
+# %% ../nbs/19_streams.ipynb #0bae0472
+def _weigher(class_weights: str) -> Callable[[Encoded], float] | None:
+    "The weight of a sample by its metadata. A stream cannot count its classes, so their sizes are written."
+    if not class_weights:
+        return None
+    asked = parse_weighing(class_weights)
+    if not asked.counts:
+        raise DataError(f"class_weights={class_weights!r}: a stream cannot count its classes; write their sizes, as in label:0.99: cat=900 dog=100")
+    weights = asked.weights(asked.counts)
+
+    def weigh(sample: Encoded) -> float:
+        label = str(sample.metadata.get(asked.key))
+        if label not in weights:
+            known = nearest(label, list(weights)[:1000])
+            raise DataError(f"class_weights={class_weights!r}: {sample.id} has {asked.key}={label}, whose size is not written{known}")
+        return weights[label]
+
+    return weigh
 
 
 def _addresses(tars: str | Path | Sequence[str | Path]) -> list[str]:

@@ -84,7 +84,7 @@ def weighted(
     "Count samples as the batch says: rare classes more, where the run asks for that."
     return replace(result, loss=batch["weight"].to(result.loss) * result.loss) if "weight" in batch else result
 
-
+# %% ../nbs/48_tasks.ipynb #e95a286f
 @dataclass
 class DiffusionTask:
     "Noise and times for every sample by its position; what is compared with what, a subclass says in `_compare`."
@@ -156,10 +156,13 @@ class TextToImage(DiffusionTask):
         "What the network is shown of the picture itself: here nothing."
         return {}
 
-    def _judged(self, batch: Mapping[str, Any], times: Tensor, noised: Tensor, answer: Tensor, target: Tensor, loss: Tensor, raw: Tensor, purpose: str) -> TaskLoss:
+    def _judged(
+        self, batch: Mapping[str, Any], times: Tensor, noised: Tensor, answer: Tensor, target: Tensor, loss: Tensor, raw: Tensor, purpose: str
+    ) -> TaskLoss:
         "The losses of a batch, with further terms in training."
         if purpose != "train" or not self.terms:
             return TaskLoss(loss, raw.detach(), times)
+        assert isinstance(self.terms, Terms)
         whole, parts = add_terms(self.terms, loss, self.diffusion, answer, target, noised, batch["image"], times, batch)
         return TaskLoss(whole, raw.detach(), times, parts)
 
