@@ -118,7 +118,13 @@ class _Transfer:
         if work is not None:
             work.result()
 
-# %% ../nbs/44_averaging.ipynb #ac92aa3b
+# %% ../nbs/44_averaging.ipynb #10c271af
+def _refuse_elsewhere(model: nn.Module, device: str | torch.device | None) -> None:
+    "A sharded average cannot lie on another device."
+    if device is not None and any(p.device.type != torch.device(device).type for p in model.parameters()):
+        raise SettingsError("a sharded average lies where the live weights do: leave its device out")
+
+
 def _fp32_copy(model: nn.Module, device: str | torch.device | None) -> nn.Module:
     "A copy that is not trained; made straight on its device, so that the live one needs no room for two."
     if device is None:
@@ -152,7 +158,7 @@ def _follow(averages: list[Tensor], live: list[Tensor], weight: float) -> None:
         torch._foreach_mul_(averages, 1 - weight)
         torch._foreach_add_(averages, live, alpha=weight)
 
-# %% ../nbs/44_averaging.ipynb #7a4aefda
+# %% ../nbs/44_averaging.ipynb #859afc21
 class _Held:
     "The second set of weights: where it lies and how one gets at it."
 
@@ -168,8 +174,7 @@ class _Held:
         self._live: _Live | None = None
         self._transfer: _Transfer | None = None
         if self.sharded:
-            if device is not None and any(p.device != torch.device(device) for p in model.parameters()):
-                raise SettingsError("a sharded average lies where the live weights do: leave its device out")
+            _refuse_elsewhere(model, device)
             self._model = full.float().eval().requires_grad_(False) if full is not None else None
             self._weights: dict[str, Tensor] = {n: p.detach().clone().float() for n, p in model.named_parameters()}
             self._buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
@@ -202,7 +207,19 @@ class _Held:
         self.settle()
         return {**self._weights, **self._buffers} if self.sharded else self.model.state_dict()
 
-# %% ../nbs/44_averaging.ipynb #a575c9ad
+    @torch.no_grad()
+    def gather(self) -> nn.Module | None:  # the whole network, where there is one
+        "Fill the whole network of a sharded average. Every process calls it."
+        self.settle()
+        if self.sharded:
+            whole = dict(self._model.state_dict()) if self._model is not None else {}
+            for name, tensor in {**self._weights, **self._buffers}.items():
+                value = _whole(tensor)
+                if name in whole:
+                    whole[name].copy_(value)
+        return self._model
+
+# %% ../nbs/44_averaging.ipynb #8307861b
 class Average(_Held):
     "A running average of a model's weights, in fp32. The subclass says how fast it moves."
 
@@ -256,18 +273,6 @@ class Average(_Held):
             raise RuntimeError(f"average {self.name!r}: {sorted(set(mine) ^ set(tensors))[:5]} are only on one side")
         for name, held in mine.items():
             held.copy_(_sharded_like(tensors[name], held))
-
-    @torch.no_grad()
-    def gather(self) -> nn.Module | None:  # the whole network, where there is one
-        "Fill the whole network of a sharded average. Every process calls it."
-        self.settle()
-        if self.sharded:
-            whole = dict(self._model.state_dict()) if self._model is not None else {}
-            for name, tensor in {**self._weights, **self._buffers}.items():
-                value = _whole(tensor)
-                if name in whole:
-                    whole[name].copy_(value)
-        return self._model
 
 # %% ../nbs/44_averaging.ipynb #5a40dae2
 class EMA(Average):

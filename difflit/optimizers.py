@@ -6,7 +6,7 @@
 __all__ = ['OPTIMIZERS', 'SCHEDULES', 'optimizer', 'choose_optimizer', 'optimizer_name', 'training_mode', 'evaluation_mode',
            'make_optimizer', 'warmup_cosine', 'schedule', 'Schedule', 'Plateau', 'make_schedule', 'schedule_figure']
 
-# %% ../nbs/43_optimizers.ipynb #9da5b100
+# %% ../nbs/43_optimizers.ipynb #b26c1205
 import contextlib
 import fnmatch
 import importlib
@@ -23,7 +23,7 @@ from .config import SettingsError, nearest
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# %% ../nbs/43_optimizers.ipynb #d68c4db2
+# %% ../nbs/43_optimizers.ipynb #2624f1d5
 _FUSED = {"fused": True}
 OPTIMIZERS: dict[str, tuple[str, str, dict[str, Any]]] = {  # name → package, its name for it, settings besides rate and decay
     "adamw": ("torch.optim", "AdamW", _FUSED),
@@ -62,7 +62,7 @@ def optimizer(
 
     return keep
 
-# %% ../nbs/43_optimizers.ipynb #df0a6234
+# %% ../nbs/43_optimizers.ipynb #e3a5b741
 def _find(name: str) -> Callable[..., torch.optim.Optimizer]:
     "The class behind a name."
     if name not in OPTIMIZERS:
@@ -92,6 +92,9 @@ def choose_optimizer(
 
     def build(groups: Sequence[Mapping[str, Any]], lr: float, beta2: float) -> torch.optim.Optimizer:
         settings = dict(given)
+        if OPTIMIZERS[name][0].startswith("bitsandbytes"):  # it does so itself at the first step, but only after it has laid out the moments
+            for p in (p for group in groups for p in group["params"]):
+                p.data = p.data.contiguous()
         if "betas" in parameters and len(parameters["betas"].default) == 2:
             settings.setdefault("betas", (0.9, beta2))
         if "adamw_lr" in parameters:  # Muon's other half
@@ -110,7 +113,7 @@ def optimizer_name(
     kind, top = type(optimizer).__name__, type(optimizer).__module__.partition(".")[0]
     return next((name for name, (package, known, _) in OPTIMIZERS.items() if known == kind and package.partition(".")[0] == top), kind)
 
-# %% ../nbs/43_optimizers.ipynb #811ea984
+# %% ../nbs/43_optimizers.ipynb #2ef23648
 def training_mode(
     optimizer: torch.optim.Optimizer,  # any
 ) -> None:
@@ -139,7 +142,7 @@ def evaluation_mode(
         for group, mode in zip(optimizer.param_groups, modes):
             group["train_mode"] = mode
 
-# %% ../nbs/43_optimizers.ipynb #7134da4f
+# %% ../nbs/43_optimizers.ipynb #97298038
 _ENDS = 16  # channels: a weight with no more on one side belongs to the ends of a network, where Muon does not
 
 
@@ -171,7 +174,7 @@ def _groups(model: nn.Module, weight_decay: float, scales: Mapping[str, float], 
         found.setdefault(key, []).append(p)
     return found
 
-# %% ../nbs/43_optimizers.ipynb #d289bdc1
+# %% ../nbs/43_optimizers.ipynb #ecd5cb77
 def make_optimizer(
     model: nn.Module,  # to be trained
     lr: float = 1e-4,  # peak rate
@@ -196,7 +199,7 @@ def make_optimizer(
         prepared.append({**group, "use_muon": hidden} if optimizer == "muon" else group)
     return choose_optimizer(optimizer, options)(prepared, lr, beta2)
 
-# %% ../nbs/43_optimizers.ipynb #b6335512
+# %% ../nbs/43_optimizers.ipynb #19604dec
 def warmup_cosine(
     step: int,  # the update about to be made, from 1
     steps: int,  # updates in all
@@ -209,7 +212,7 @@ def warmup_cosine(
     done = (step - warmup) / max(1, steps - warmup)
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
-# %% ../nbs/43_optimizers.ipynb #5a572b09
+# %% ../nbs/43_optimizers.ipynb #5092df2d
 SCHEDULES: dict[str, tuple[Callable[..., float], bool]] = {}  # name → function of (step, steps, warmup, …), and whether it rises by itself
 
 
@@ -267,7 +270,7 @@ class Schedule:
         if state.get("name", self.name) != self.name:
             raise ValueError(f"the state is of schedule {state['name']!r}, this run has schedule {self.name!r}; a resumed run cannot change it")
 
-# %% ../nbs/43_optimizers.ipynb #ef80539e
+# %% ../nbs/43_optimizers.ipynb #c06330c2
 @schedule("constant")
 def _constant(step: int, steps: int, warmup: int) -> float:
     return 1.0
@@ -311,7 +314,7 @@ def _one_cycle(step: int, steps: int, warmup: int, start: float = 1 / 25, floor:
         done, low = 1 - min(1.0, (step - 1 - top) / max(1e-9, steps - 1 - top)), floor
     return low + (1 - low) * 0.5 * (1 - math.cos(math.pi * done))
 
-# %% ../nbs/43_optimizers.ipynb #7839983d
+# %% ../nbs/43_optimizers.ipynb #8eefe0f5
 class Plateau(Schedule):
     "Lower the rate when a validation loss or score stops getting better. Source: torch's `ReduceLROnPlateau`."
 
@@ -371,7 +374,7 @@ class Plateau(Schedule):
 
 SCHEDULES["plateau"] = (lambda step, steps, warmup: 1.0, True)
 
-# %% ../nbs/43_optimizers.ipynb #43dabef6
+# %% ../nbs/43_optimizers.ipynb #56954f79
 def make_schedule(
     name: str,  # of `SCHEDULES`
     steps: int,  # updates in all
@@ -389,7 +392,7 @@ def make_schedule(
             raise SettingsError(f"schedule {name!r} has no option {option!r}; it has {', '.join(known) or 'none'}")
     return kind(name, steps, warmup_steps, **options)
 
-# %% ../nbs/43_optimizers.ipynb #32cf491a
+# %% ../nbs/43_optimizers.ipynb #8ebecd67
 def schedule_figure(
     schedules: Sequence[str | Schedule],  # names or schedules
     steps: int = 1000,  # updates in all, for names

@@ -37,7 +37,8 @@ def shake(net, step):
 def old_update(average, model, step, decay):
     "The update as it stood in the training loop before there was a module for it."
     with torch.no_grad():
-        torch._foreach_lerp_([p.detach() for p in average.parameters()], [p.detach().float() for p in model.parameters()], 1 - min(decay, (1 + step) / (10 + step)))
+        live = [p.detach().float() for p in model.parameters()]
+        torch._foreach_lerp_([p.detach() for p in average.parameters()], live, 1 - min(decay, (1 + step) / (10 + step)))
         for mine, theirs in zip(average.buffers(), model.buffers()):
             mine.copy_(theirs)
 
@@ -231,7 +232,9 @@ def test_an_average_elsewhere_arrives_later_with_the_same_numbers():
         here.update(net, step)
         live, buffers = list(net.parameters()), list(net.buffers())
 
-        def arrived(copies, weight=1 - there.decay_at(step), count=len(live)):
+        weight, count = 1 - there.decay_at(step), len(live)
+
+        def arrived(copies, weight=weight, count=count):
             torch._foreach_lerp_(weights, copies[:count], weight)
             torch._foreach_copy_(list(there._buffers.values()), copies[count:])
 
