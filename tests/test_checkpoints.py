@@ -385,7 +385,7 @@ import os, random, signal, sys, time
 import torch
 from difflit.checkpoints import CheckpointWriter, Retention, newest_checkpoint
 torch.set_num_threads(1)
-folder, kills, rows = sys.argv[1], int(sys.argv[2]), 20_000
+folder, kills, rows = sys.argv[1], int(sys.argv[2]), 2_000
 
 def groups(step):
     return {name: {"w": torch.full((rows, 7), float(step))} for name in ("model", "ema", "optimizer")}
@@ -398,11 +398,17 @@ def work(step):
             writer.save(step, groups(step), {"position": step * 64})
 
 draw, last, inside = random.Random(0), 0, 0
+began = time.perf_counter()
+for _ in range(3):
+    trial = CheckpointWriter(folder + "-trial")
+    trial.save(1, groups(1), {})
+    trial.close()
+one_save = (time.perf_counter() - began) / 3  # the kills keep time with this machine's disk
 for kill in range(kills):
     child = os.fork()
     if child == 0:
         work(last)
-    time.sleep(draw.uniform(0.05, 0.3))
+    time.sleep(one_save * draw.uniform(0.2, 6))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     inside += any(name.startswith(".") for name in os.listdir(folder))
@@ -422,10 +428,10 @@ print(last, inside)
 
 def test_killed_at_any_moment(tmp_path):
     """SIGKILL twenty times at random moments of a loop that does nothing but save."""
-    done = subprocess.run([sys.executable, "-c", KILLS, str(tmp_path), "20"], capture_output=True, text=True, timeout=300, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", KILLS, str(tmp_path / "checkpoints"), "20"], capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     last, inside = map(int, done.stdout.split())
-    assert last > 20 and inside > 0, f"reached step {last}, {inside} kills inside a save: the test hit nothing"
+    assert last >= 5 and inside > 0, f"reached step {last}, {inside} kills inside a save: the test hit nothing"
 
 
 def test_loading_never_unpickles(two, tmp_path):
