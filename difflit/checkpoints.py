@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from .files import atomic_directory, atomic_file, clear_leftovers, digest_file, read_json, remove_directory, verify_manifest, write_manifest
 
-# %% ../nbs/45_checkpoints.ipynb #f2cd39cb
+# %% ../nbs/45_checkpoints.ipynb #98643905
 class CheckpointError(RuntimeError):
     "A checkpoint that is damaged, does not fit, or could not be made."
 
@@ -112,7 +112,7 @@ def _as_saved(live: Any, saved: Any) -> Any:
         return type(live)(_as_saved(a, b) for a, b in zip(live, saved, strict=True))
     return live
 
-# %% ../nbs/45_checkpoints.ipynb #5e777059
+# %% ../nbs/45_checkpoints.ipynb #2ae176a5
 def _references(value: Any) -> set[str]:
     "The names of the tensors that a piece of JSON from `_encode` speaks of."
     if isinstance(value, dict) and value.keys() == {"$tensor"}:
@@ -153,7 +153,7 @@ def unpack_optimizer(
         if isinstance(live, dict):
             live.update(_as_saved(live, entries))
 
-# %% ../nbs/45_checkpoints.ipynb #5422782b
+# %% ../nbs/45_checkpoints.ipynb #ec7e61f2
 def step_folder(
     folder: str | Path,  # `checkpoints/` of a run
     step: int,  # weight updates done
@@ -208,7 +208,7 @@ class Retention:
         regular = {step for step in steps if self.every_steps and step % self.every_steps == 0}
         return {*steps[-self.last :], *regular, *(-step for _, step in sorted(rated)[: self.best])}
 
-# %% ../nbs/45_checkpoints.ipynb #b2be294a
+# %% ../nbs/45_checkpoints.ipynb #e58c1fc6
 def _scores(path: Path) -> Mapping[str, Any]:
     "The scores of a checkpoint, or none."
     try:
@@ -249,7 +249,7 @@ def discard_after(
         remove_directory(path)
     return later
 
-# %% ../nbs/45_checkpoints.ipynb #cb34176b
+# %% ../nbs/45_checkpoints.ipynb #9bb479e6
 _NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "int64": "I64",
           "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "uint16": "U16", "uint32": "U32", "uint64": "U64", "bool": "BOOL", "complex64": "C64"}
 
@@ -285,7 +285,7 @@ class _Copy:
                        for a, b, (name, dtype, shape) in zip(starts, ends, plan, strict=True)}
         self.plan, self.size = plan, end
 
-# %% ../nbs/45_checkpoints.ipynb #9e44cd25
+# %% ../nbs/45_checkpoints.ipynb #c045da44
 def _check_plain(name: str, tensor: Tensor) -> None:
     "Refuse what is no plain memory: a shard, a sparse or quantized tensor, one without data."
     if hasattr(tensor, "full_tensor"):
@@ -328,12 +328,12 @@ def _write_hashed(path: Path, pieces: Iterable[memoryview], chunk_bytes: int = 1
         os.fsync(file.fileno())
     return digest.hexdigest()
 
-# %% ../nbs/45_checkpoints.ipynb #bbfe9ea6
+# %% ../nbs/45_checkpoints.ipynb #72726919
 def _be_polite() -> None:
     "Give this thread a lower priority. On Linux a thread has one of its own; elsewhere nothing is changed."
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)  # 19 would starve it where many processes share the cores
 
 
 def _sentence(step: int, error: BaseException) -> Exception:
@@ -386,7 +386,7 @@ class _Background:
         finally:
             self._copies = {}
 
-# %% ../nbs/45_checkpoints.ipynb #0aa6eba0
+# %% ../nbs/45_checkpoints.ipynb #1eaaa526
 def _snapshot(copies: dict[str, _Copy], tensors: Mapping[str, Mapping[str, Tensor]]) -> list[torch.cuda.Event]:
     "Copy all groups into memory kept for them, and say what to wait for before the copies may be read."
     devices = {device for name, group in tensors.items() for device in _fill(copies.setdefault(name, _Copy()), group, name)}
@@ -415,7 +415,7 @@ def _state_text(step: int, state: Mapping[str, Any], scores: Mapping[str, Any] |
     whole = {"step": step, **state, **({"scores": known} if known else {})}
     return (json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False, default=str) + "\n").encode()
 
-# %% ../nbs/45_checkpoints.ipynb #ed887f74
+# %% ../nbs/45_checkpoints.ipynb #2df73110
 class CheckpointWriter(_Background):
     "Writes a run's checkpoints: copies while the trainer waits, writes while it goes on. `wait` at the end of a run."
 
@@ -468,7 +468,7 @@ class CheckpointWriter(_Background):
             self._failed = (step, error)
         self.write_seconds = time.perf_counter() - began
 
-# %% ../nbs/45_checkpoints.ipynb #6816d408
+# %% ../nbs/45_checkpoints.ipynb #b0292b9f
 def save_checkpoint(
     folder: str | Path,  # `checkpoints/` of a run
     step: int,  # weight updates done
@@ -531,7 +531,7 @@ def load_checkpoint(
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"damaged checkpoint: {path.name}/state.json cannot be used: {type(error).__name__}: {error}") from None
 
-# %% ../nbs/45_checkpoints.ipynb #eaca589a
+# %% ../nbs/45_checkpoints.ipynb #8a497ab1
 def _shards(folder: Path) -> dict[str, list[tuple[list[int], list[int], Path]]]:
     "Where the pieces of each tensor lie: their first element's place, their shape, their file."
     pieces: dict[str, list[tuple[list[int], list[int], Path]]] = {}
@@ -606,7 +606,7 @@ def best_checkpoint(
             return load_checkpoint(step_folder(folder, step))
     return None
 
-# %% ../nbs/45_checkpoints.ipynb #eff6c8fd
+# %% ../nbs/45_checkpoints.ipynb #dce6edb9
 def _rank(group: Any = None) -> int | None:
     "This process's number in a group, or None where there are no groups."
     return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else None
@@ -647,7 +647,7 @@ def _finish_shards(place: Path, step: int, texts: Mapping[str, bytes], digests: 
     small = {name: _write_hashed(place / name, [memoryview(text)]) for name, text in texts.items()}
     write_manifest(place, digests={**digests, **small}, step=step)
 
-# %% ../nbs/45_checkpoints.ipynb #2a6607cd
+# %% ../nbs/45_checkpoints.ipynb #36308b47
 def save_sharded(
     folder: str | Path,  # `checkpoints/` of a run, on a disk that all ranks see
     step: int,  # weight updates done
@@ -682,7 +682,7 @@ def newest_sharded(
     "The newest whole checkpoint: rank 0 verifies, so that not every rank reads every byte, and tells the others."
     return _together(lambda: None if _rank(group) else newest_checkpoint(folder), group)[0]
 
-# %% ../nbs/45_checkpoints.ipynb #5a8af5b6
+# %% ../nbs/45_checkpoints.ipynb #51444a2c
 def _load_whole(saved: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> None:
     "Copy whole tensors into plain or sharded ones."
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -725,7 +725,7 @@ def _check_fit(place: str, saved: Mapping[str, list[int]], wanted: Mapping[str, 
         if saved[key] != shape:
             raise CheckpointError(f"{place}: {key} is {saved[key]} there and {shape} here")
 
-# %% ../nbs/45_checkpoints.ipynb #44f03a72
+# %% ../nbs/45_checkpoints.ipynb #0e4b24c4
 def _named(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     "The same tensors under names that begin with their parameter's name."
     known = {id(p): name for name, p in model.named_parameters()}
@@ -764,7 +764,7 @@ def unpack_sharded_optimizer(
     load_sharded(checkpoint, {name: _named(model, optimizer, tensors)}, group)
     unpack_optimizer(optimizer, tensors, rest)
 
-# %% ../nbs/45_checkpoints.ipynb #4a42e611
+# %% ../nbs/45_checkpoints.ipynb #a8a45d0f
 def merge_checkpoint(
     path: str | Path,  # a checkpoint, or a folder of them: then the newest whole one
     out: str | Path,  # the file to write, `.safetensors`

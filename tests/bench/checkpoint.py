@@ -1,8 +1,9 @@
 """How long a save keeps the trainer: difflit's checkpoint against accelerate's `save_state`.
 
-Both save the same network with AdamW's two moments; difflit saves an average of the weights as well (--no-ema: not), which accelerate's call does not know, so that its file is larger. accelerate writes
-safetensors for the weights and pickle for the rest, and returns when the files are with the system; it neither hashes nor waits for the disk. difflit returns when its copy is made; its thread then hashes,
-writes, waits for the disk, and renames. They take turns, and the writer is waited for before the other's turn. Then steps are timed with and without a write under way.
+Both save the same network with AdamW's two moments; difflit saves an average of the weights as well (--no-ema: not), which accelerate's call does not
+know, so that difflit writes a third more. accelerate writes safetensors for the weights and pickle for the rest, and returns when the files are with the
+system; it neither hashes nor waits for the disk. difflit returns when its copy is made; its thread then hashes, writes, waits for the disk, and renames.
+They take turns, and the writer is waited for before the other's turn. Then steps are timed with and without a write under way.
 
     python tests/bench/checkpoint.py [--width 1792] [--rounds 7] [--steps 12] [--no-ema] [--folder /tmp/somewhere]
 """
@@ -80,14 +81,16 @@ def main():
         rows.append((stall, timed(theirs), writer.write_seconds, writer.written_bytes))
     parameters = sum(p.numel() for p in plain.parameters())
     size = sum(p.stat().st_size for p in (folder / "theirs").rglob("*") if p.is_file())
-    print(f"{parameters / 1e6:.1f} M parameters, AdamW, fp32, {device}, {torch.get_num_threads()} threads; a checkpoint is {rows[0][3] / 1e9:.2f} GB here, {size / 1e9:.2f} GB there")
-    print(f"stall in ms: difflit {spread([1000 * a for a, *_ in rows])} (first, with fresh memory: {1000 * first:.0f}), save_state {spread([1000 * b for _, b, *_ in rows])}")
+    print(f"{parameters / 1e6:.1f} M parameters, AdamW, fp32, {device}, {torch.get_num_threads()} threads")
+    print(f"a checkpoint is {rows[0][3] / 1e9:.2f} GB here, {size / 1e9:.2f} GB there")
+    print(f"stall in ms: difflit {spread([1000 * a for a, *_ in rows])}, the first one, with fresh memory, {1000 * first:.0f}")
+    print(f"             save_state {spread([1000 * b for _, b, *_ in rows])}")
     print(f"ratio difflit/save_state: {spread([a / b for a, b, *_ in rows], 3)}")
     print(f"the thread writes {spread([n / s / 1e6 for *_, s, n in rows], 0)} MB/s, hash and disk included")
 
     slow = []
     for _ in range(arguments.rounds):
-        quiet = statistics.median(timed(step) for _ in range(arguments.steps))
+        quiet = statistics.median([timed(step) for _ in range(arguments.steps)])
         ours()
         busy = []
         while writer.busy:
