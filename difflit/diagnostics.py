@@ -71,7 +71,7 @@ def _norms(tensors: Sequence[Tensor], power: int = 2) -> Tensor:
     for i, tensor in enumerate(tensors):
         for dimension, placement in enumerate(getattr(tensor, "placements", ())):
             if placement.is_shard():
-                pieces.setdefault((tensor.device_mesh, dimension), []).append(i)
+                pieces.setdefault((tensor.device_mesh, dimension), []).append(i)  # type: ignore[attr-defined]
     for (mesh, dimension), places in pieces.items():
         sums = norms[places] ** power
         dist.all_reduce(sums, group=mesh.get_group(dimension))

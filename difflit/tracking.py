@@ -58,7 +58,7 @@ def read_metrics(
     header, body = rows[0], [row for row in rows[1:] if len(row) == len(rows[0])]
     return {name: np.array([float(row[i]) if row[i] else math.nan for row in body]) for i, name in enumerate(header)}
 
-# %% ../nbs/46_tracking.ipynb #b4e649b4
+# %% ../nbs/46_tracking.ipynb #3e07f509
 class Sink:
     "Somewhere that numbers go. A sink of one's own overrides `log`, and the rest where it matters."
 
@@ -95,7 +95,7 @@ def sink(
 
     return register
 
-# %% ../nbs/46_tracking.ipynb #654b42dd
+# %% ../nbs/46_tracking.ipynb #4fab04e8
 def _value(text: str) -> int | str | bool:
     "An option's value: a whole number, true, false, else text."
     known = {"true": True, "false": False}
@@ -149,7 +149,7 @@ def _told_off(name: str, error: Exception) -> None:
     why = str(error).strip().partition("\n")[0]
     logging.getLogger("difflit").warning("metrics no longer go to %s (%s: %s); the run and its metrics.csv go on", name, type(error).__name__, why)
 
-# %% ../nbs/46_tracking.ipynb #47f3bbc6
+# %% ../nbs/46_tracking.ipynb #41c7605d
 @sink("csv")
 class CsvSink(Sink):
     "The table `metrics.csv`."
@@ -190,7 +190,7 @@ class CsvSink(Sink):
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(text)
 
-# %% ../nbs/46_tracking.ipynb #a9c6a981
+# %% ../nbs/46_tracking.ipynb #7dac3164
 def _plain(row: Mapping[str, float]) -> dict[str, float | int | None]:
     "A row that strict JSON can hold: no NaN, no infinity."
     return {k: int(v) if k == "step" else (float(f"{v:.9g}") if math.isfinite(v) else None) for k, v in row.items()}
@@ -215,7 +215,7 @@ class JsonlSink(Sink):
         with open(self.path, "a", encoding="utf-8") as file:
             file.write("".join(json.dumps(_plain(row)) + "\n" for row in rows))
 
-# %% ../nbs/46_tracking.ipynb #b010a098
+# %% ../nbs/46_tracking.ipynb #728c4999
 @sink("tensorboard")
 class TensorBoardSink(Sink):
     "Event files in `tensorboard/`, opened with the first row: the import takes a second."
@@ -225,7 +225,8 @@ class TensorBoardSink(Sink):
         folder: str | Path,  # the run directory
         last_step: int = 0,  # what came after is hidden from readers
     ):
-        self.folder, self.purge_step, self._board = Path(folder) / "tensorboard", last_step + 1 if last_step else None, None
+        self.folder, self.purge_step = Path(folder) / "tensorboard", last_step + 1 if last_step else None
+        self._board: Any = None
 
     def board(self) -> Any:  # torch's SummaryWriter
         "The writer."
@@ -311,7 +312,7 @@ def record(
             flush(tracker)
         tracker._waiting.append({"step": step, **values})
 
-
+# %% ../nbs/46_tracking.ipynb #26388616
 def _numbers(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
     "Rows with their tensors read: one copy for each kind of tensor, not for each number."
     kinds: dict[tuple, list[tuple[int, str, Tensor]]] = {}
@@ -356,7 +357,7 @@ def flush(
         tracker.table.log(rows)
         _to_sinks(tracker, lambda target: target.log(rows))
 
-# %% ../nbs/46_tracking.ipynb #e504242c
+# %% ../nbs/46_tracking.ipynb #6850ebfe
 _EMPTY = ("loss_bin",)  # columns where NaN says "no sample was there", and is left out
 
 
@@ -394,7 +395,7 @@ def close(
     _to_sinks(tracker, lambda target: target.close())
     tracker.sinks = {}
 
-# %% ../nbs/46_tracking.ipynb #d2bcfb2f
+# %% ../nbs/46_tracking.ipynb #b184b07e
 class Metric(NamedTuple):
     "A number of the user's own."
 
@@ -435,13 +436,14 @@ def measure_metrics(
                 raise RuntimeError(f"the metric {name!r} failed at step {step}: {type(error).__name__}: {error}") from error
     return found
 
-# %% ../nbs/46_tracking.ipynb #27ae57a5
+# %% ../nbs/46_tracking.ipynb #cb6ff576
 class _Gauges(Sink):
     "The last value of each column, as Prometheus' gauges."
 
     def __init__(self, folder: str | Path):
         self._client = importlib.import_module("prometheus_client")
-        self.registry, self._gauges, self._run = self._client.CollectorRegistry(), {}, Path(folder).resolve().name
+        self.registry, self._run = self._client.CollectorRegistry(), Path(folder).resolve().name
+        self._gauges: dict[str, Any] = {}
         self._set("running", 1)
 
     def _set(self, column: str, value: float) -> None:
@@ -529,7 +531,7 @@ class PrometheusFileSink(_Gauges):
         super().close()
         self.log([])
 
-# %% ../nbs/46_tracking.ipynb #65bee2c1
+# %% ../nbs/46_tracking.ipynb #49a68f43
 def log_scores(
     tracker: Tracker,  # whose sinks hear of it
     step: int,  # of the weights that were judged
@@ -543,7 +545,7 @@ def log_scores(
     flush(tracker)
     _to_sinks(tracker, lambda target: target.log([row]))
 
-# %% ../nbs/46_tracking.ipynb #87222ecb
+# %% ../nbs/46_tracking.ipynb #92e0d3ed
 @sink("wandb")
 class WandbSink(Sink):
     "A run of Weights & Biases."
@@ -584,7 +586,7 @@ class WandbSink(Sink):
         "Finish the run."
         self._run.finish()
 
-# %% ../nbs/46_tracking.ipynb #e9d1a16f
+# %% ../nbs/46_tracking.ipynb #b407c66b
 class LossBins:
     "Training loss by bin of time, gathered over some steps, without waiting for the device."
 
