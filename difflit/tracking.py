@@ -58,7 +58,7 @@ def read_metrics(
     header, body = rows[0], [row for row in rows[1:] if len(row) == len(rows[0])]
     return {name: np.array([float(row[i]) if row[i] else math.nan for row in body]) for i, name in enumerate(header)}
 
-# %% ../nbs/46_tracking.ipynb #3e07f509
+# %% ../nbs/46_tracking.ipynb #b4e649b4
 class Sink:
     "Somewhere that numbers go. A sink of one's own overrides `log`, and the rest where it matters."
 
@@ -95,7 +95,7 @@ def sink(
 
     return register
 
-# %% ../nbs/46_tracking.ipynb #4fab04e8
+# %% ../nbs/46_tracking.ipynb #654b42dd
 def _value(text: str) -> int | str | bool:
     "An option's value: a whole number, true, false, else text."
     known = {"true": True, "false": False}
@@ -149,7 +149,7 @@ def _told_off(name: str, error: Exception) -> None:
     why = str(error).strip().partition("\n")[0]
     logging.getLogger("difflit").warning("metrics no longer go to %s (%s: %s); the run and its metrics.csv go on", name, type(error).__name__, why)
 
-# %% ../nbs/46_tracking.ipynb #41c7605d
+# %% ../nbs/46_tracking.ipynb #47f3bbc6
 @sink("csv")
 class CsvSink(Sink):
     "The table `metrics.csv`."
@@ -190,7 +190,7 @@ class CsvSink(Sink):
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(text)
 
-# %% ../nbs/46_tracking.ipynb #7dac3164
+# %% ../nbs/46_tracking.ipynb #a9c6a981
 def _plain(row: Mapping[str, float]) -> dict[str, float | int | None]:
     "A row that strict JSON can hold: no NaN, no infinity."
     return {k: int(v) if k == "step" else (float(f"{v:.9g}") if math.isfinite(v) else None) for k, v in row.items()}
@@ -215,7 +215,7 @@ class JsonlSink(Sink):
         with open(self.path, "a", encoding="utf-8") as file:
             file.write("".join(json.dumps(_plain(row)) + "\n" for row in rows))
 
-# %% ../nbs/46_tracking.ipynb #728c4999
+# %% ../nbs/46_tracking.ipynb #3dd89dce
 @sink("tensorboard")
 class TensorBoardSink(Sink):
     "Event files in `tensorboard/`, opened with the first row: the import takes a second."
@@ -312,7 +312,7 @@ def record(
             flush(tracker)
         tracker._waiting.append({"step": step, **values})
 
-# %% ../nbs/46_tracking.ipynb #26388616
+# %% ../nbs/46_tracking.ipynb #2785c3da
 def _numbers(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
     "Rows with their tensors read: one copy for each kind of tensor, not for each number."
     kinds: dict[tuple, list[tuple[int, str, Tensor]]] = {}
@@ -357,7 +357,7 @@ def flush(
         tracker.table.log(rows)
         _to_sinks(tracker, lambda target: target.log(rows))
 
-# %% ../nbs/46_tracking.ipynb #6850ebfe
+# %% ../nbs/46_tracking.ipynb #45f5fa58
 _EMPTY = ("loss_bin",)  # columns where NaN says "no sample was there", and is left out
 
 
@@ -395,7 +395,7 @@ def close(
     _to_sinks(tracker, lambda target: target.close())
     tracker.sinks = {}
 
-# %% ../nbs/46_tracking.ipynb #b184b07e
+# %% ../nbs/46_tracking.ipynb #1f97d5ce
 class Metric(NamedTuple):
     "A number of the user's own."
 
@@ -436,7 +436,7 @@ def measure_metrics(
                 raise RuntimeError(f"the metric {name!r} failed at step {step}: {type(error).__name__}: {error}") from error
     return found
 
-# %% ../nbs/46_tracking.ipynb #cb6ff576
+# %% ../nbs/46_tracking.ipynb #0d89b862
 class _Gauges(Sink):
     "The last value of each column, as Prometheus' gauges."
 
@@ -463,7 +463,7 @@ class _Gauges(Sink):
         "Tell that the run is over."
         self._set("running", 0)
 
-
+# %% ../nbs/46_tracking.ipynb #40629e43
 @sink("prometheus")
 class PrometheusSink(_Gauges):
     "An HTTP endpoint that Prometheus fetches from."
@@ -502,7 +502,7 @@ class PrometheusSink(_Gauges):
         self._thread.join()
         self._note.unlink(missing_ok=True)
 
-
+# %% ../nbs/46_tracking.ipynb #582464b8
 @sink("prometheus-file")
 class PrometheusFileSink(_Gauges):
     "A text file for a node collector."
@@ -531,7 +531,7 @@ class PrometheusFileSink(_Gauges):
         super().close()
         self.log([])
 
-# %% ../nbs/46_tracking.ipynb #49a68f43
+# %% ../nbs/46_tracking.ipynb #33f25b70
 def log_scores(
     tracker: Tracker,  # whose sinks hear of it
     step: int,  # of the weights that were judged
@@ -545,7 +545,7 @@ def log_scores(
     flush(tracker)
     _to_sinks(tracker, lambda target: target.log([row]))
 
-# %% ../nbs/46_tracking.ipynb #92e0d3ed
+# %% ../nbs/46_tracking.ipynb #ed93ab76
 @sink("wandb")
 class WandbSink(Sink):
     "A run of Weights & Biases."
@@ -586,7 +586,7 @@ class WandbSink(Sink):
         "Finish the run."
         self._run.finish()
 
-# %% ../nbs/46_tracking.ipynb #b407c66b
+# %% ../nbs/46_tracking.ipynb #9ae13c11
 class LossBins:
     "Training loss by bin of time, gathered over some steps, without waiting for the device."
 
@@ -644,7 +644,7 @@ def recent_mean(
     values = [row[name] for row in rows[-count:] if name in row]
     return sum(values) / len(values) if values else None
 
-
+# %% ../nbs/46_tracking.ipynb #a40db931
 _PANELS = {"loss": "loss", "lr": "learning rate", "grad_norm": "gradient norm", "images_per_second": "images/s", "memory_gb": "memory, GB"}
 
 
@@ -690,7 +690,7 @@ def _mark_overflows(axis: Any, scale: np.ndarray, overflows: np.ndarray) -> None
     if len(steps):
         axis.legend(fontsize=8)
 
-
+# %% ../nbs/46_tracking.ipynb #f18dbac5
 def loss_bins_figure(
     rows: Sequence[Mapping[str, float]],  # `tracker.rows`
 ) -> Figure | None:  # None if the loss was not binned
