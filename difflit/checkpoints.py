@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from .files import atomic_directory, atomic_file, clear_leftovers, digest_file, read_json, remove_directory, verify_manifest, write_manifest
 
-# %% ../nbs/45_checkpoints.ipynb #98643905
+# %% ../nbs/45_checkpoints.ipynb #f2cd39cb
 class CheckpointError(RuntimeError):
     "A checkpoint that is damaged, does not fit, or could not be made."
 
@@ -112,7 +112,7 @@ def _as_saved(live: Any, saved: Any) -> Any:
         return type(live)(_as_saved(a, b) for a, b in zip(live, saved, strict=True))
     return live
 
-# %% ../nbs/45_checkpoints.ipynb #2ae176a5
+# %% ../nbs/45_checkpoints.ipynb #5e777059
 def _references(value: Any) -> set[str]:
     "The names of the tensors that a piece of JSON from `_encode` speaks of."
     if isinstance(value, dict) and value.keys() == {"$tensor"}:
@@ -153,7 +153,7 @@ def unpack_optimizer(
         if isinstance(live, dict):
             live.update(_as_saved(live, entries))
 
-# %% ../nbs/45_checkpoints.ipynb #ec7e61f2
+# %% ../nbs/45_checkpoints.ipynb #5422782b
 def step_folder(
     folder: str | Path,  # `checkpoints/` of a run
     step: int,  # weight updates done
@@ -208,7 +208,7 @@ class Retention:
         regular = {step for step in steps if self.every_steps and step % self.every_steps == 0}
         return {*steps[-self.last :], *regular, *(-step for _, step in sorted(rated)[: self.best])}
 
-# %% ../nbs/45_checkpoints.ipynb #e58c1fc6
+# %% ../nbs/45_checkpoints.ipynb #b2be294a
 def _scores(path: Path) -> Mapping[str, Any]:
     "The scores of a checkpoint, or none."
     try:
@@ -249,7 +249,7 @@ def discard_after(
         remove_directory(path)
     return later
 
-# %% ../nbs/45_checkpoints.ipynb #9bb479e6
+# %% ../nbs/45_checkpoints.ipynb #625021d9
 _NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "int64": "I64",
           "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "uint16": "U16", "uint32": "U32", "uint64": "U64", "bool": "BOOL", "complex64": "C64"}
 
@@ -270,7 +270,10 @@ class _Copy:
     "A group of tensors in one piece of CPU memory, laid out as its safetensors file, and used again at the next save."
 
     def __init__(self) -> None:
-        self.memory, self.plan, self.views, self.header = torch.empty(0, dtype=torch.uint8), None, [], {}
+        self.memory, self.size = torch.empty(0, dtype=torch.uint8), 0
+        self.plan: list[tuple[str, torch.dtype, torch.Size]] | None = None
+        self.views: list[Tensor] = []
+        self.header: dict[str, dict[str, Any]] = {}
 
     def _lay_out(self, plan: list[tuple[str, torch.dtype, torch.Size]], device: torch.device | None) -> None:
         "Find a place for each tensor; larger elements first, so that each is aligned."
@@ -285,7 +288,7 @@ class _Copy:
                        for a, b, (name, dtype, shape) in zip(starts, ends, plan, strict=True)}
         self.plan, self.size = plan, end
 
-# %% ../nbs/45_checkpoints.ipynb #c045da44
+# %% ../nbs/45_checkpoints.ipynb #38389d97
 def _check_plain(name: str, tensor: Tensor) -> None:
     "Refuse what is no plain memory: a shard, a sparse or quantized tensor, one without data."
     if hasattr(tensor, "full_tensor"):
@@ -312,7 +315,7 @@ def _pieces(copy: _Copy, step: int) -> list[memoryview]:
     "The file's bytes: length, header, tensors. The header is padded with blanks, so that the tensors are aligned in the file too."
     header = json.dumps({"__metadata__": {"format": "pt", "step": str(step)}, **copy.header}, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
-    return [memoryview(len(header).to_bytes(8, "little") + header), memoryview(copy.memory.numpy())[: copy.size]]
+    return [memoryview(len(header).to_bytes(8, "little") + header), memoryview(copy.memory.numpy().data)[: copy.size]]
 
 
 def _write_hashed(path: Path, pieces: Iterable[memoryview], chunk_bytes: int = 1 << 22) -> str:
@@ -328,7 +331,7 @@ def _write_hashed(path: Path, pieces: Iterable[memoryview], chunk_bytes: int = 1
         os.fsync(file.fileno())
     return digest.hexdigest()
 
-# %% ../nbs/45_checkpoints.ipynb #72726919
+# %% ../nbs/45_checkpoints.ipynb #fc9fbcd7
 def _be_polite() -> None:
     "Give this thread a lower priority. On Linux a thread has one of its own; elsewhere nothing is changed."
     if sys.platform == "linux":
@@ -386,7 +389,7 @@ class _Background:
         finally:
             self._copies = {}
 
-# %% ../nbs/45_checkpoints.ipynb #1eaaa526
+# %% ../nbs/45_checkpoints.ipynb #0aa6eba0
 def _snapshot(copies: dict[str, _Copy], tensors: Mapping[str, Mapping[str, Tensor]]) -> list[torch.cuda.Event]:
     "Copy all groups into memory kept for them, and say what to wait for before the copies may be read."
     devices = {device for name, group in tensors.items() for device in _fill(copies.setdefault(name, _Copy()), group, name)}
@@ -415,7 +418,7 @@ def _state_text(step: int, state: Mapping[str, Any], scores: Mapping[str, Any] |
     whole = {"step": step, **state, **({"scores": known} if known else {})}
     return (json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False, default=str) + "\n").encode()
 
-# %% ../nbs/45_checkpoints.ipynb #2df73110
+# %% ../nbs/45_checkpoints.ipynb #ed887f74
 class CheckpointWriter(_Background):
     "Writes a run's checkpoints: copies while the trainer waits, writes while it goes on. `wait` at the end of a run."
 
@@ -468,7 +471,7 @@ class CheckpointWriter(_Background):
             self._failed = (step, error)
         self.write_seconds = time.perf_counter() - began
 
-# %% ../nbs/45_checkpoints.ipynb #b0292b9f
+# %% ../nbs/45_checkpoints.ipynb #6816d408
 def save_checkpoint(
     folder: str | Path,  # `checkpoints/` of a run
     step: int,  # weight updates done
@@ -531,7 +534,7 @@ def load_checkpoint(
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"damaged checkpoint: {path.name}/state.json cannot be used: {type(error).__name__}: {error}") from None
 
-# %% ../nbs/45_checkpoints.ipynb #8a497ab1
+# %% ../nbs/45_checkpoints.ipynb #eaca589a
 def _shards(folder: Path) -> dict[str, list[tuple[list[int], list[int], Path]]]:
     "Where the pieces of each tensor lie: their first element's place, their shape, their file."
     pieces: dict[str, list[tuple[list[int], list[int], Path]]] = {}
@@ -606,7 +609,7 @@ def best_checkpoint(
             return load_checkpoint(step_folder(folder, step))
     return None
 
-# %% ../nbs/45_checkpoints.ipynb #dce6edb9
+# %% ../nbs/45_checkpoints.ipynb #eff6c8fd
 def _rank(group: Any = None) -> int | None:
     "This process's number in a group, or None where there are no groups."
     return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else None
@@ -647,7 +650,7 @@ def _finish_shards(place: Path, step: int, texts: Mapping[str, bytes], digests: 
     small = {name: _write_hashed(place / name, [memoryview(text)]) for name, text in texts.items()}
     write_manifest(place, digests={**digests, **small}, step=step)
 
-# %% ../nbs/45_checkpoints.ipynb #36308b47
+# %% ../nbs/45_checkpoints.ipynb #2a6607cd
 def save_sharded(
     folder: str | Path,  # `checkpoints/` of a run, on a disk that all ranks see
     step: int,  # weight updates done
@@ -682,7 +685,7 @@ def newest_sharded(
     "The newest whole checkpoint: rank 0 verifies, so that not every rank reads every byte, and tells the others."
     return _together(lambda: None if _rank(group) else newest_checkpoint(folder), group)[0]
 
-# %% ../nbs/45_checkpoints.ipynb #51444a2c
+# %% ../nbs/45_checkpoints.ipynb #5a8af5b6
 def _load_whole(saved: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> None:
     "Copy whole tensors into plain or sharded ones."
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -725,7 +728,7 @@ def _check_fit(place: str, saved: Mapping[str, list[int]], wanted: Mapping[str, 
         if saved[key] != shape:
             raise CheckpointError(f"{place}: {key} is {saved[key]} there and {shape} here")
 
-# %% ../nbs/45_checkpoints.ipynb #0e4b24c4
+# %% ../nbs/45_checkpoints.ipynb #44f03a72
 def _named(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     "The same tensors under names that begin with their parameter's name."
     known = {id(p): name for name, p in model.named_parameters()}
@@ -764,7 +767,7 @@ def unpack_sharded_optimizer(
     load_sharded(checkpoint, {name: _named(model, optimizer, tensors)}, group)
     unpack_optimizer(optimizer, tensors, rest)
 
-# %% ../nbs/45_checkpoints.ipynb #a8a45d0f
+# %% ../nbs/45_checkpoints.ipynb #4a42e611
 def merge_checkpoint(
     path: str | Path,  # a checkpoint, or a folder of them: then the newest whole one
     out: str | Path,  # the file to write, `.safetensors`
