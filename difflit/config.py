@@ -115,6 +115,7 @@ class DataSettings(RunSettings):
     columns: str = Field("", description="of tars: further keys of the JSON metadata to index, comma between, for select and balance")
     stage_dir: str | None = Field(None, description="of tars: copy them into this folder on the node's own disk first")
     balance: str = Field("", description="metadata key whose classes are drawn equally often, or in the shares written behind it")
+    class_weights: str = Field("", description="metadata key whose rare classes count more in the loss; behind a colon beta (0.999)")
     crop: float = Field(1.0, gt=0, le=1, description="smallest side of a random cut, as a share of the largest that fits; 1: the middle, uncut")
     flip: bool = Field(False, description="mirror half of the images (never where captions say left or right)")
     jitter: float = Field(0.0, ge=0, le=1, description="strength of random changes of brightness, contrast, saturation and hue")
@@ -178,13 +179,14 @@ class ModelSettings(CacheSettings):
     conditioning_noise: float = Field(0.0, ge=0, le=1, description="of an upsampler: deviation of noise on the small picture in training")
     projection: Literal["auto", "linear", "mlp", "replace"] = Field(
         "auto", description="of a latent model: how text of another width reaches the UNet; replace: by new cross-attention weights; auto: linear if need be")
-    add_attention: bool = Field(False, description="of a latent model: put attention to words where the given UNet has none; it is silent until it learns")
+    add_attention: bool = Field(False, description="of a latent model: put attention to words where the UNet has none; silent until it learns")
     train_text: bool = Field(False, description="of a latent model: train the text encoders too (then captions are not cached)")
     offset_noise: float = Field(0.0, ge=0, le=1, description="of a latent model: deviation of noise that is the same all over a channel")
     input_perturbation: float = Field(0.0, ge=0, le=1, description="of a latent model: share of further noise that the network sees and is not asked for")
     lora_rank: int = Field(0, ge=0, le=1024, description="of a latent model: train adapters of this rank instead of the weights; 0: the weights")
     lora_alpha: float | None = Field(None, gt=0, description="of a latent model: strength of the adapters (None: their rank)")
-    lora_targets: str = Field("attention", description="of a latent model: what the adapters adapt: attention, self, cross, transformer, all, or names of layers, comma between")
+    lora_targets: str = Field(
+        "attention", description="of a latent model: what the adapters adapt: attention, self, cross, transformer, all, or names of layers, comma between")
 
     @model_validator(mode="after")
     def _hybrid_needs_a_table(self):
@@ -214,8 +216,7 @@ class OptimizerSettings(ModelSettings):
     clip_norm: float = Field(1.0, ge=0, description="largest norm of the whole gradient; 0 clips nothing")
     loss_scale: float = Field(256.0, gt=0, description="of fp16: what the dynamic loss scale starts at")
     keep_fp32: str = Field("", description="of pure-bf16 and …-master: layers that stay in fp32 besides norms and ends, name patterns, comma between")
-    losses: str = Field("", description="further losses with their weights, comma between: perceptual, adversarial, huber, each with an equals sign and its weight")
-    class_weights: str = Field("", description="metadata key whose rarer classes weigh more in the loss; behind a colon beta, 0.999 if absent")
+    loss_terms: str = Field("", description="further losses, comma between, each with an equals sign and its weight: perceptual, adversarial, huber, l1")
     ema_decay: float = Field(0.99, ge=0, lt=1, description="of the weights' running average, kept in fp32")
     averages: str = Field("", description="further averages, comma between: a decay, or power:WIDTH (EDM2): power:0.05, power:0.1")
     ema_device: Literal["same", "cpu"] = Field("same", description="where averages lie: beside the weights, or in the machine's memory")
@@ -225,7 +226,8 @@ class OptimizerSettings(ModelSettings):
 class SurvivalSettings(OptimizerSettings):
     "Stopping, saving, and what happens when a step goes wrong."
 
-    on_nonfinite: Literal["stop", "skip", "rollback"] = Field("stop", description="a loss that is no number: stop; skip: leave the batch out; rollback: back to a checkpoint")
+    on_nonfinite: Literal["stop", "skip", "rollback"] = Field(
+        "stop", description="a loss that is no number: stop; skip: leave the batch out; rollback: back to a checkpoint")
     recoveries: int = Field(3, ge=0, description="how often a batch may be left out, or the run rolled back, before it fails")
     rollback_rate: float = Field(0.5, gt=0, le=1, description="factor on the learning rate at each roll-back")
     walltime: str | None = Field(None, description="stop and save before this time is over: 12:00:00, 90m, 1.5h; auto: what Slurm says (None: no limit)")
@@ -237,9 +239,9 @@ class SurvivalSettings(OptimizerSettings):
     keep_best: int = Field(0, ge=0, description="how many of the best checkpoints stay besides the newest")
     best_by: str = Field("val_loss", description="the number that best goes by; +NAME where higher is better")
     parallel: Literal["ddp", "fsdp"] = Field("ddp", description="several processes: each holds the whole network, or a part of each weight")
-    sync: Literal["auto", "after", "overlap"] = Field("auto", description="exchange gradients after the backward pass (survives lack of memory) or during it; auto: after")
+    sync: Literal["after", "overlap"] = Field("after", description="exchange gradients after the backward pass (survives lack of memory), or during it")
     timeout_seconds: float = Field(1800.0, gt=0, description="longest silence of another process before the run fails")
-    trackers: str = Field("tensorboard", description="where metrics go besides metrics.csv, comma between: tensorboard, jsonl, wandb, prometheus, prometheus-file, none")
+    trackers: str = Field("tensorboard", description="where metrics go besides metrics.csv, comma between: tensorboard, jsonl, wandb, prometheus, none")
     statistics_every_steps: int = Field(10, ge=0, description="gradient and weight norms by part of the network; 0: never")
 
 
@@ -459,7 +461,7 @@ def read_settings(
 ) -> dict:  # as written
     "Read a settings file. Raises `SettingsError` that names the file if it is missing or is not a mapping of names."
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader) or {}  # noqa: S506: a SafeLoader
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader) or {}
     except FileNotFoundError:
         raise SettingsError(f"there is no settings file {path}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -480,8 +482,8 @@ def read_options(
         if not (name and separator and value):
             raise SettingsError(f"{setting}={text!r}: {part!r} is no name with a value; write name: value, comma between")
         words = [_plain(word) for word in value.split()]
-        truth = {"true": True, "false": False}.get(value.lower())
-        found[name] = truth if truth is not None else words[0] if len(words) == 1 else tuple(words) if all(isinstance(w, (int, float)) for w in words) else value
+        several = tuple(words) if all(isinstance(w, (int, float)) for w in words) else value
+        found[name] = {"true": True, "false": False}.get(value.lower(), words[0] if len(words) == 1 else several)
     return found
 
 # %% ../nbs/00_config.ipynb #acbf08bd

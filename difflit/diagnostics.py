@@ -6,7 +6,7 @@
 __all__ = ['PEAKS', 'PERCENTILES', 'part_groups', 'part_norms', 'copy_weights', 'update_ratios', 'qk_gradients', 'step_flops',
            'Peak', 'peak_flops', 'model_flops_share', 'gradient_figure', 'parameter_percentiles', 'parameter_figure']
 
-# %% ../nbs/39_diagnostics.ipynb #4cf721eb
+# %% ../nbs/39_diagnostics.ipynb #1d8fa17d
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -15,14 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .config import SettingsError
+from .data import Picture
 from .models import parts_of, select_parameters
 
-# %% ../nbs/39_diagnostics.ipynb #9417f711
+# %% ../nbs/39_diagnostics.ipynb #bd84fdf7
 _PARTS = ("text", "time", "input", "down", "middle", "up", "output", "last")  # of GLIDE and of latent networks; the first that claims a parameter has it
 
 
@@ -60,7 +59,7 @@ def part_groups(
         groups[next((part for part in asked if name in claims[part]), "rest")].append(name)
     return {part: found for part, found in groups.items() if found}
 
-# %% ../nbs/39_diagnostics.ipynb #f8a4ad08
+# %% ../nbs/39_diagnostics.ipynb #d7d162c2
 _WHAT = {"gradients": lambda p: p.grad, "weights": lambda p: p.detach()}
 
 
@@ -100,7 +99,7 @@ def part_norms(
     flat = [t for tensors in chosen.values() for t in tensors]
     return _by_group(_norms(flat), {group: len(tensors) for group, tensors in chosen.items()}) if flat else {}
 
-# %% ../nbs/39_diagnostics.ipynb #59778033
+# %% ../nbs/39_diagnostics.ipynb #c6ec7318
 @torch.no_grad()
 def copy_weights(
     model: nn.Module,  # bare or wrapped, before a step
@@ -126,7 +125,7 @@ def update_ratios(
     whole = _by_group(_norms(old), counts)
     return {group: torch.where(change[group] > 0, change[group] / whole[group], 0.0) for group in groups}
 
-# %% ../nbs/39_diagnostics.ipynb #c4e5d0e9
+# %% ../nbs/39_diagnostics.ipynb #d0041ab7
 _QUERY_KEY, _TOWER_QUERY_KEY = (".to_q", ".to_k"), (".q_proj", ".k_proj", ".query", ".key", ".f_q", ".f_k")
 
 
@@ -165,7 +164,7 @@ def qk_gradients(
         return None
     return _norms(gradients, 1).sum() / sum(g.numel() for g in gradients)
 
-# %% ../nbs/39_diagnostics.ipynb #058b7269
+# %% ../nbs/39_diagnostics.ipynb #b2fd96f6
 def step_flops(
     function: Callable[[], Any],  # forward and backward pass of one image, on the bare, uncompiled network
 ) -> int:  # floating-point operations, a multiplication and an addition being two
@@ -175,7 +174,7 @@ def step_flops(
         function()
     return int(counter.get_total_flops())
 
-# %% ../nbs/39_diagnostics.ipynb #0ff635c2
+# %% ../nbs/39_diagnostics.ipynb #1395cbb9
 class Peak(NamedTuple):
     "Dense peak arithmetic of a GPU, 10¹² operations a second."
 
@@ -210,7 +209,7 @@ PEAKS: dict[str, Peak] = {  # part of the name that torch gives a device → pea
     "T4": Peak(0, 65, 8.1, "NVIDIA T4 data sheet"),
 }
 
-# %% ../nbs/39_diagnostics.ipynb #b67990c4
+# %% ../nbs/39_diagnostics.ipynb #24549016
 @lru_cache
 def _measured(device: str, dtype: torch.dtype, threads: int) -> float:
     "Operations a second of a square matrix product, the best of several."
@@ -251,17 +250,17 @@ def model_flops_share(
     "Share of the hardware's peak that training uses. Source: Chowdhery et al. 2022 (PaLM), appendix B, there called MFU."
     return flops * images_per_second / peak
 
-# %% ../nbs/39_diagnostics.ipynb #703ddf2b
+# %% ../nbs/39_diagnostics.ipynb #1bb0df70
 def gradient_figure(
     rows: Sequence[Mapping[str, float]],  # with `step` and columns that begin with `prefix`
     prefix: str = "grad_norm_",  # or another, such as that of weights or updates
     label: str = "gradient norm",  # what the numbers are
-) -> Figure | None:  # None if there is no such column
+) -> Picture | None:  # None if there is no such column
     "A curve for each part of the network."
     names = list(dict.fromkeys(n for row in rows for n in row if n.startswith(prefix)))
     if not names:
         return None
-    figure = Figure(figsize=(7.5, 3), dpi=80)
+    figure = Picture(figsize=(7.5, 3), dpi=80)
     axis = figure.add_subplot()
     for i, name in enumerate(names):
         steps, values = np.array([(row["step"], row[name]) for row in rows if name in row]).T
@@ -277,7 +276,7 @@ def gradient_figure(
     figure.tight_layout()
     return figure
 
-# %% ../nbs/39_diagnostics.ipynb #39d697af
+# %% ../nbs/39_diagnostics.ipynb #8a39b8f5
 PERCENTILES = (0.1, 1.0, 25.0, 50.0, 75.0, 99.0, 99.9)
 
 
@@ -304,13 +303,13 @@ def parameter_percentiles(
 def parameter_figure(
     model: nn.Module,  # bare or wrapped
     groups: Mapping[str, Sequence[str]] | None = None,  # as in `part_norms`
-) -> Figure:  # a panel for each part
+) -> Picture:  # a panel for each part
     "Histograms of the weights of each part, counted on a logarithmic axis so that tails are seen."
     model = getattr(model, "module", model)
     groups = groups or part_groups(model)
     columns = min(4, max(1, len(groups)))
     lines = -(-len(groups) // columns)
-    figure = Figure(figsize=(2.6 * columns, 1.9 * max(1, lines)), dpi=80)
+    figure = Picture(figsize=(2.6 * columns, 1.9 * max(1, lines)), dpi=80)
     for i, (group, names) in enumerate(groups.items()):
         values, axis = _sampled(model, names), figure.add_subplot(lines, columns, i + 1)
         axis.hist(values, 60, log=True, color="C0")

@@ -42,7 +42,7 @@ def open_split(
     limit: int | None = None,  # at most so many samples
 ) -> Source:  # what `data` names
     "One split of a run's data, with the settings for tars where there are any."
-    asked = [key.strip() for key in (*settings.columns.split(","), settings.balance.partition(":")[0])]
+    asked = [key.strip() for key in (*settings.columns.split(","), settings.balance.partition(":")[0], settings.class_weights.partition(":")[0])]
     keys = [key for key in asked if key and key not in (*_PLACES, *_SIZES, "shard")]  # these are indexed anyway
     of_tars: dict[str, Any] = {"where": settings.select, "unique": settings.unique, "layout": settings.layout, "columns": list(dict.fromkeys(keys))}
     if is_stream(settings.data):

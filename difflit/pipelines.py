@@ -571,7 +571,7 @@ def _single_config(path: Path, shapes: Mapping[str, Sequence[int]], inside: bool
     known = config if str(config.get("model_type")).startswith("clip") else {768: _CLIP_L, 1280: _CLIP_G}.get(width)
     if known is None:
         raise SettingsError(f"{path} holds a CLIP {width} wide, whose shapes do not tell its heads: put its config.json beside it, as {path.stem}.json")
-    known = known.get("text_config") or known
+    known = dict(known.get("text_config") or known)  # type: ignore[arg-type]
     return CLIPTextModelWithProjection if "text_projection.weight" in shapes and width != 768 else CLIPTextModel, known
 
 # %% ../nbs/34_pipelines.ipynb #3bf4e245

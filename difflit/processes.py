@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['join_processes', 'PeerLost', 'Ranks', 'average_gradients', 'blocks_of', 'shard', 'is_sharded']
 
-# %% ../nbs/06_processes.ipynb #32b15546
+# %% ../nbs/06_processes.ipynb #94669753
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
-# %% ../nbs/06_processes.ipynb #cd3aa09a
+# %% ../nbs/06_processes.ipynb #542c4c9b
 def join_processes(
     cpu: bool,  # compute on the processor
     timeout_seconds: float = 1800.0,  # longest silence of another process
@@ -39,7 +39,7 @@ def _peers(doing: str, timeout_seconds: float) -> Iterator[None]:
         raise PeerLost(f"while {doing}: another process of this run is gone, or was silent for {timeout_seconds:g} s ({str(error).splitlines()[0][:200]}). "
                        "Its log is in logs/rank-N.log; the last checkpoint is whole") from None
 
-# %% ../nbs/06_processes.ipynb #2ca38abf
+# %% ../nbs/06_processes.ipynb #645dcf87
 class Ranks:
     "The processes of one run. Every method but `alone` is to be called by all of them."
 
@@ -93,14 +93,20 @@ class Ranks:
         value: Tensor,  # on any device, the same shape everywhere
     ) -> Tensor:  # on the same device
         "The mean over processes."
-        if self.alone:
-            return value
-        total = value.detach().clone()
-        with _peers("averaging a number", self.timeout_seconds):
-            dist.all_reduce(total)
-        return total / self.world
+        return value if self.alone else self.total(value) / self.world
 
-# %% ../nbs/06_processes.ipynb #7197b07c
+    def total(
+        self,
+        value: Tensor,  # on any device, the same shape everywhere
+    ) -> Tensor:  # on the same device
+        "The sum over processes."
+        total = value.detach().clone()
+        if not self.alone:
+            with _peers("adding numbers up", self.timeout_seconds):
+                dist.all_reduce(total)
+        return total
+
+# %% ../nbs/06_processes.ipynb #e72feb2f
 def _buckets(tensors: Sequence[Tensor], most_bytes: int) -> Iterator[list[Tensor]]:
     "Neighbours of one format, up to so many bytes."
     bucket: list[Tensor] = []
@@ -133,7 +139,7 @@ def average_gradients(
             parts = flat.div_(ranks.world).split([g.numel() for g in bucket])
             torch._foreach_copy_(bucket, [part.view(g.shape) for part, g in zip(parts, bucket)])
 
-# %% ../nbs/06_processes.ipynb #2e49d6bc
+# %% ../nbs/06_processes.ipynb #4e60b5a3
 def blocks_of(
     model: nn.Module,  # any network
     smallest: int = 100_000,  # weights of a block

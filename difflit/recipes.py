@@ -9,6 +9,7 @@ __all__ = ['SCORERS', 'make_tokenizer', 'build_network', 'build_diffusion', 'tas
            'job_hooks', 'train_job', 'scorer', 'score_shapes', 'score_digits', 'score_emoji', 'Judged', 'score_job']
 
 # %% ../nbs/71_recipes.ipynb #67fadd95
+import copy
 import json
 import logging
 import math
@@ -24,17 +25,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor, nn
 
-from .adapters import qk_gradients, trainable_parts
+from .adapters import trainable_parts
 from .augmentation import aspect_buckets
-from .checkpoints import Checkpoint, CheckpointError, checkpoint_bytes, newest_checkpoint
-from .config import SettingsError, TrainSettings
+from .averaging import make_averages, save_snapshot
+from .checkpoints import Checkpoint, CheckpointError, CheckpointWriter, Retention, checkpoint_bytes, newest_checkpoint, newest_sharded
+from .config import SettingsError, TrainSettings, read_options
 from .cached import CachedLoader, CachedSource, read_batch
 from .data import DataError, Sample, Source, caption_grid, collate, image_tensor, to_images
+from .diagnostics import part_groups, part_norms, peak_flops, qk_gradients, step_flops
 from .diffusion import Diffusion
 from .encoders import CaptionReader, Encoders, imported_suffix, is_latent, latent_network, open_encoders
 from .evaluation import alignment, digit_agreement, gallery_of, nearest_caption_agreement, restoration, share_score, train_digit_classifier
@@ -47,16 +49,21 @@ from .latent import LatentDenoiser, unused_parameters
 from .loading import Damaged, Loader, differences, is_stream, open_source
 from .models import freeze, load_model, lr_scales, model_card, model_folder, reinitialise_parts, select_parameters
 from .perception import ClipConfig, create_clip
-from .precision import choose_device, choose_precision
+from .losses import forget_terms, parse_terms
+from .optimizers import make_optimizer, make_schedule
+from .precision import Precision, choose_device, choose_precision
+from .processes import Ranks, is_sharded, join_processes, shard
 from .randomness import normal
-from .runs import Run, rank_and_world
+from .runs import Run, finish, rank_and_world, skip_later_cells
 from .samplers import get_sampler, sigma_steps
+from .scaling import Arithmetic, DynamicLossScaler, NonFiniteLoss, OverflowLimit, Recovery
 from .sources import parse_caption
+from .stopping import EarlyStopping, OutOfTime, Stopper, make_stopper
 from .streams import Glimpse, StreamLoader
 from .tasks import Task, create_task
 from .text import TextCache, Tokenizer, clip_tokenizer, glide_tokenizer, trimmed_tokenizer, weights_digest
-from .tracking import LiveView, Tracker, close, record
-from .training import EMA, LOOP_COLUMNS, Hook, TrainState, load_state, make_optimizer, save_state, train
+from .tracking import LiveView, Tracker, close, flush, log_image, log_scores, parse_sinks, record
+from .training import LOOP_COLUMNS, Hook, TrainingError, TrainState, load_state, save_state, train
 from .weights import glide_diffusion, load_glide
 
 # %% ../nbs/71_recipes.ipynb #bf59b951
@@ -205,6 +212,10 @@ def build_task(
         frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
         cache = TextCache(settings.text_cache_mb * 10**6, weights_digest(frozen))
         more["read"] = partial(cache, encode=model.encode_text)  # type: ignore[arg-type]
+    if settings.loss_terms:
+        device = next(model.parameters()).device
+        channels = encoders.autoencoder.channels if encoders is not None else 3
+        more["terms"] = parse_terms(settings.loss_terms, seed=settings.seed, channels=channels, device=device)
     return create_task(name, diffusion=diffusion, seed=settings.seed, kind=settings.loss, min_snr_gamma=settings.min_snr_gamma, **more), cache
 
 # %% ../nbs/71_recipes.ipynb #23de646d
@@ -228,6 +239,9 @@ class TrainingJob:
     loader: Loader | CachedLoader | StreamLoader | None = None  # whose state is saved with the checkpoints
     encoders: Encoders | None = None  # of a latent run: what it sees and reads with
     filled: list[FillReport] = field(default_factory=list)  # what its caches lacked
+    writer: CheckpointWriter | None = None  # of checkpoints, in the background; none where all processes write together
+    stopper: Stopper = field(default_factory=Stopper)  # what may end the run before its last step
+    watch: EarlyStopping | None = None  # ends the run when a number no longer gets better
 
     @property
     def device(self) -> torch.device:
@@ -284,6 +298,49 @@ def _choose_trained(settings: TrainSettings, model: nn.Module) -> None:
             parameter.requires_grad_(False)
 
 
+def _cut_up(settings: TrainSettings, model: nn.Module, ranks: Ranks, keeps: str) -> nn.Module | None:
+    "With parallel=fsdp: the network cut up in place, and a whole copy for the average that is drawn with."
+    if settings.parallel != "fsdp" or ranks.alone:
+        return None
+    if keeps != "weights" or settings.compile or settings.sync == "overlap" or settings.text_cache_mb and text_is_frozen(model):
+        raise SettingsError("parallel=fsdp goes with precision=fp32, bf16 or fp16, without compile and sync=overlap, and without the cache of a frozen "
+                            "text tower (text_cache_mb=0)")
+    full = copy.deepcopy(model)
+    shard(model, next(model.parameters()).device.type)
+    return full
+
+
+def _arithmetic(settings: TrainSettings, model: nn.Module, precision: Precision, ranks: Ranks, sharded: bool) -> Arithmetic:
+    "How gradients are made in the run's format, and what all processes must hear of."
+    scaler = DynamicLossScaler(precision.device.type, settings.loss_scale) if precision.scaled else None
+    hears = not ranks.alone and (sharded or precision.device.type != "cpu")
+    agree = (lambda flag: torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)) if hears else None
+    kept = [p.strip() for p in settings.keep_fp32.split(",") if p.strip()]
+    return Arithmetic(precision, model, scaler, keep_fp32=kept, seed=settings.seed, agree=agree)
+
+
+def _make_optimizer(settings: TrainSettings, model: nn.Module, arithmetic: Arithmetic) -> torch.optim.Optimizer:
+    "The optimizer that the settings describe."
+    scales = lr_scales(model, rate_factors(settings, model))
+    return make_optimizer(model, settings.lr, settings.weight_decay, settings.beta2, scales, settings.optimizer, arithmetic.by_parameter,
+                          read_options(settings.decays, "decays"), read_options(settings.optimizer_options, "optimizer_options"))
+
+
+def _gradient_metrics(settings: TrainSettings, state: TrainState) -> Callable[[nn.Module], dict[str, Tensor]]:
+    "What is measured of gradients before they are clipped: of attention at every step, of the parts of the network now and then."
+    groups, every = part_groups(state.model), settings.statistics_every_steps
+
+    def measure(model: nn.Module) -> dict[str, Tensor]:
+        average = qk_gradients(model)
+        found = {} if average is None else {"qk_grads_av": average}
+        if every and (state.step + 1) % every == 0:
+            found |= {f"grad_norm_{part}": norm for part, norm in part_norms(model, groups=groups).items()}
+            found |= {f"weight_norm_{part}": norm for part, norm in part_norms(model, "weights", groups).items()}
+        return found
+
+    return measure
+
+
 def _make_state(settings: TrainSettings, model: nn.Module) -> TrainState:
     "Network, average, optimizer on their device, shared among processes if there are several."
     rank, world = rank_and_world()
@@ -295,17 +352,22 @@ def _make_state(settings: TrainSettings, model: nn.Module) -> TrainState:
         torch.use_deterministic_algorithms(True, warn_only=True)
     if device.type == "cpu":
         keep_freed_memory()  # or a step returns its memory to the system and asks for it again
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+    accelerator = join_processes(device.type == "cpu", settings.timeout_seconds)
+    ranks, precision = Ranks(settings.timeout_seconds), choose_precision(settings.precision, device)
     model = model.to(device).to(memory_format=torch.channels_last)
     _choose_trained(settings, model)
-    scales = lr_scales(model, rate_factors(settings, model))
-    optimizer = make_optimizer(model, settings.lr, settings.weight_decay, settings.beta2, scales, optimizer=settings.optimizer)
-    state = TrainState(model, EMA(model, settings.ema_decay), optimizer, accelerator, choose_precision(settings.precision, device), settings.seed)
-    state.wrapped = accelerator.prepare_model(model) if world > 1 else None
-    if isinstance(model, LatentDenoiser):
-        state.measure = lambda network: {"qk_grads_av": found} if (found := qk_gradients(network)) is not None else {}
+    full = _cut_up(settings, model, ranks, precision.keeps)
+    spec = ",".join(part for part in (str(settings.ema_decay), settings.averages) if part)
+    averages = make_averages(model, spec, "cpu" if settings.ema_device == "cpu" else None, full if ranks.rank == 0 else None)  # while the weights are whole
+    arithmetic = _arithmetic(settings, model, precision, ranks, full is not None)
+    optimizer = _make_optimizer(settings, model, arithmetic)
+    state = TrainState(model, averages, optimizer, accelerator, precision, settings.seed, arithmetic=arithmetic, ranks=ranks, parts=settings.accumulate,
+                       recovery=Recovery(settings.on_nonfinite, settings.recoveries, settings.rollback_rate))
+    if settings.sync == "overlap" and full is None and world > 1:
+        state.wrapped = accelerator.prepare_model(model)
     if settings.compile:
         state.wrapped = torch.compile(state.network, mode=settings.compile_mode)  # type: ignore[assignment]
+    state.measure = _gradient_metrics(settings, state)
     return state
 
 # %% ../nbs/71_recipes.ipynb #105fb1f5
@@ -371,18 +433,50 @@ def _wire(run: Run) -> TrainingJob:
     _check_prompts(settings, task)
     loader = make_loader(run, data.train, tokenizer, state)
     steps = count_steps(settings, len(data.train) if isinstance(loader, StreamLoader) else loader.order.epoch_samples)
+    warmup = settings.warmup_steps if settings.warmup_steps is not None else max(1, steps // 10)
+    state.schedule = make_schedule(settings.lr_schedule, steps, warmup, **read_options(settings.lr_options, "lr_options"))
+    watch = _watch(settings)
     if run.resumed:
-        notes += _resume(run, state, loader)
+        notes += _resume(run, state, loader, task, watch)
     _check_ranks(state, loader)
     _describe_data(run, data.train, state.step == 0)
-    columns = [*LOOP_COLUMNS, "val_loss", *(f"val_loss_bin{i}" for i in range(10)), *(["text_cache_hit_rate"] if cache is not None else []),
-               *(["qk_grads_av"] if state.measure is not None else [])]
-    tracker = Tracker(run.path if run.main else None, columns, last_step=state.step)
+    tracker = _open_tracker(run, state, cache is not None)
     run.update(steps=steps, step=state.step, data_digest=data.train.digest())
     for note in notes:
         logging.getLogger("difflit").warning(note)
     return TrainingJob(run, settings, data, tokenizer, diffusion, task, state, tracker, cache, steps, _intervals(settings, steps), notes,
-                       loader=loader, encoders=made.encoders if made else None, filled=made.filled if made else [])
+                       loader=loader, encoders=made.encoders if made else None, filled=made.filled if made else [], watch=watch,
+                       writer=_open_writer(run, state), stopper=make_stopper(run.path, settings.walltime, run.began, settings.grace_seconds))
+
+
+def _direction(name: str) -> tuple[str, bool]:
+    "A number's name, and whether higher is better."
+    return name.removeprefix("+"), name.startswith("+")
+
+
+def _watch(settings: TrainSettings) -> EarlyStopping | None:
+    "What ends the run early, if anything does."
+    higher = _direction(settings.early_stop)[1]
+    return EarlyStopping(settings.patience, settings.improvement, higher) if settings.early_stop else None
+
+
+def _open_tracker(run: Run, state: TrainState, text_cache: bool) -> Tracker:
+    "Where numbers go; columns that further losses and statistics need are added when they first come."
+    columns = [*LOOP_COLUMNS, "val_loss", *(f"val_loss_bin{i}" for i in range(10)), *(["text_cache_hit_rate"] if text_cache else [])]
+    return Tracker(run.path if run.main else None, columns, last_step=state.step, sinks=parse_sinks(run.settings.trackers) if run.main else {})
+
+
+def _open_writer(run: Run, state: TrainState) -> CheckpointWriter | None:
+    "What writes checkpoints while training goes on; none where each process writes its own part."
+    if is_sharded(state.model) or not run.main:
+        return None
+    return CheckpointWriter(run.path / "checkpoints", _retention(run.settings), resumed_from=state.step if state.step else None)
+
+
+def _retention(settings: TrainSettings) -> Retention:
+    "Which checkpoints stay."
+    by, higher = _direction(settings.best_by)
+    return Retention(settings.keep_checkpoints, settings.keep_every_steps, settings.keep_best, by, higher)
 
 # %% ../nbs/71_recipes.ipynb #99b93765
 def _is_shown(settings: TrainSettings, task: Task) -> bool:
@@ -451,14 +545,15 @@ def make_loader(
         ahead = int(on_gpu) if s.workers is None else s.workers  # a thread that reads ahead would take from a network on the CPU
         lengths = {name: encoder.length for name, encoder in tokenizer.encoders.text.items()}
         return CachedLoader(source, batch_size=s.batch_size, seed=s.seed, position=state.position, uncond_p=s.uncond_p, workers=ahead, pin=on_gpu,
-                            encode=tokenizer.tokens if tokenizer.training else None, lengths=lengths, drop_last=s.drop_last, block=s.block, balance=s.balance)
+                            encode=tokenizer.tokens if tokenizer.training else None, lengths=lengths, drop_last=s.drop_last, block=s.block, balance=s.balance,
+                            class_weights=s.class_weights)
     if isinstance(source, Glimpse):
         return _make_stream(run, source, tokenizer, on_gpu)
     buckets = aspect_buckets(s.image_size) if s.buckets else []
     return Loader(source, batch_size=s.batch_size, image_size=s.image_size, seed=s.seed, position=state.position, uncond_p=s.uncond_p,
                   encode=tokenizer, workers=_workers(s, on_gpu), flip=s.flip, crop=s.crop, jitter=s.jitter, trim=s.trim, buckets=buckets,
-                  drop_last=s.drop_last, block=s.block, balance=s.balance, bad_samples=s.bad_samples, on_bad=partial(_note_damaged, run),
-                  decoder=s.decoder, raw=on_gpu)
+                  drop_last=s.drop_last, block=s.block, balance=s.balance, class_weights=s.class_weights, bad_samples=s.bad_samples,
+                  on_bad=partial(_note_damaged, run), decoder=s.decoder, raw=on_gpu)
 
 # %% ../nbs/71_recipes.ipynb #b5d3aa40
 def _make_stream(run: Run, source: Glimpse, tokenizer: Tokenizer, on_gpu: bool) -> StreamLoader:
@@ -472,6 +567,7 @@ def _make_stream(run: Run, source: Glimpse, tokenizer: Tokenizer, on_gpu: bool) 
     seen = 10**7 if s.unique == "exact" else 0  # pictures that its memory has room for, in 12 MB
     return StreamLoader(source.tars, batch_size=s.batch_size, image_size=s.image_size, seed=s.seed, uncond_p=s.uncond_p, encode=tokenizer,
                         workers=_workers(s, on_gpu), flip=s.flip, crop=s.crop, jitter=s.jitter, trim=s.trim, layout=s.layout, where=s.select, unique=seen,
+                        class_weights=s.class_weights,
                         bad_samples=s.bad_samples, on_bad=partial(_note_stream, run), decoder=s.decoder, raw=on_gpu)
 
 
@@ -537,7 +633,8 @@ def data_changes(
 
 # %% ../nbs/71_recipes.ipynb #a340b32b
 _FIXED = ("schedule", "target", "zero_terminal_snr", "betas", "timesteps", "shift")
-_FREE = {"run_dir", "resume", "preset", "steps", "epochs", "device", "workers", "progress", "keep_checkpoints", "fill"}
+_FREE = {"run_dir", "resume", "preset", "steps", "epochs", "device", "workers", "progress", "keep_checkpoints", "fill", "walltime", "grace_seconds",
+         "keep_best", "keep_every_steps", "timeout_seconds", "trackers", "recoveries"}
 
 
 def _changed_settings(run: Run, checkpoint: Checkpoint) -> list[str]:
@@ -555,15 +652,22 @@ def _changed_settings(run: Run, checkpoint: Checkpoint) -> list[str]:
     return [f"settings that were changed at this resume: {', '.join(changed)}"] if changed else []
 
 # %% ../nbs/71_recipes.ipynb #a87a28d7
-def _resume(run: Run, state: TrainState, loader: Loader | CachedLoader | StreamLoader) -> list[str]:
+def _restore(run: Run, state: TrainState, checkpoint: Checkpoint, task: Task, watch: EarlyStopping | None) -> None:
+    "Put a state and what watches it back."
+    load_state(state, checkpoint, task, batch_size=run.settings.batch_size)
+    if watch is not None and checkpoint.state.get("watch"):
+        watch.load_state_dict(checkpoint.state["watch"])
+
+
+def _resume(run: Run, state: TrainState, loader: Loader | CachedLoader | StreamLoader, task: Task, watch: EarlyStopping | None = None) -> list[str]:
     "Bring a state and a loader to the newest whole checkpoint, and say which. Raises `CheckpointError` that says what does not fit."
     where = run.path if run.settings.resume == "auto" else Path(run.settings.resume)
-    checkpoint, faults = newest_checkpoint(where)
+    checkpoint, faults = newest_checkpoint(where) if state.ranks.alone else newest_sharded(where)
     if checkpoint is None:
         return [*faults, f"no whole checkpoint in {run.path.name}: the run starts again from step 0"]
     if isinstance(loader, StreamLoader):
         _load_stream(checkpoint.path.parent.parent, checkpoint.step, loader)
-        load_state(state, checkpoint, batch_size=run.settings.batch_size)
+        _restore(run, state, checkpoint, task, watch)
         return [*faults, f"resumed from {checkpoint.path.name}; a tar that was half read is read again from its beginning"]
     saved = checkpoint.state.get("loader", {})
     if wrong := differences(saved, loader.state_dict()):
@@ -572,7 +676,7 @@ def _resume(run: Run, state: TrainState, loader: Loader | CachedLoader | StreamL
         raise CheckpointError(f"{checkpoint.path.name} cannot be resumed: " + "; ".join(wrong) + "".join(f"\n  {part}" for part in parts))
     faults += _changed_settings(run, checkpoint)
     loader.load_state_dict(saved)
-    load_state(state, checkpoint, batch_size=run.settings.batch_size)
+    _restore(run, state, checkpoint, task, watch)
     if saved.get("varied") != loader.varied:
         faults = [*faults, f"pictures were varied by {saved.get('varied') or 'nothing'}, and are from now on by {loader.varied or 'nothing'}"]
     return [*faults, f"resumed from {checkpoint.path.name}"]
@@ -626,20 +730,24 @@ def save_preview(
     path = job.run.path / "samples" / f"step-{job.state.step:08d}.png"
     path.parent.mkdir(exist_ok=True)
     row.save(path)
+    log_image(job.tracker, "samples", job.state.step, row)
     atomic_write(path.parent / "prompts.txt", "\n".join(preview_prompts(job)) + "\n")
     return path
 
 
 def save_job(
     job: TrainingJob,  # under way
-) -> Path:  # the checkpoint
+) -> Path:  # the checkpoint; it is whole after `job.writer.wait()`
     "A checkpoint with all that is needed to go on, and to sample elsewhere."
     s = job.settings
     more = {"sampling": job_sampling(job)} | ({"upscale_factor": s.upscale_factor} if task_name(s, job.state.model).startswith("upsample") else {})
     more |= job.encoders.card() if job.encoders is not None else {}
     card = model_card(job.state.model, diffusion=job.diffusion, image_size=s.image_size, data=s.data, **more)
     extra = {"config.json": card} | ({"tokenizer.json": job.tokenizer.dumps()} if isinstance(job.tokenizer, Tokenizer) else {})
-    return save_state(job.state, job.run.path / "checkpoints", extra, s.keep_checkpoints, loader=_loader_state(job), batch_size=s.batch_size)
+    entries = {"loader": _loader_state(job), "batch_size": s.batch_size, "watch": job.watch.state_dict() if job.watch else None}
+    latest = {name: row[name] for row in job.tracker.rows[-1:] for name in row if name.startswith("val_loss")}
+    where = job.writer or job.run.path / "checkpoints"
+    return save_state(job.state, where, extra, _retention(s), job.task, {**latest, **job.scores}, **entries)
 
 
 def _loader_state(job: TrainingJob) -> dict[str, Any]:
@@ -660,9 +768,9 @@ def validate(
         return job.task.validation_loss(job.state.ema.model, made) if made else {}
 
 
-def _held_batches(job: TrainingJob, held: Source) -> list[dict[str, Any]]:
+def _held_batches(job: TrainingJob, held: Source, images: int | None = None) -> list[dict[str, Any]]:
     "Held-out samples in batches; latents of one shape each."
-    n, size = min(job.settings.validation_images, len(held)), job.settings.batch_size
+    n, size = min(images or job.settings.validation_images, len(held)), job.settings.batch_size
     if isinstance(held, CachedSource):
         assert isinstance(job.tokenizer, CaptionReader)
         encode, lengths = job.tokenizer.tokens if job.tokenizer.training else None, {name: e.length for name, e in job.tokenizer.encoders.text.items()}
@@ -678,45 +786,148 @@ def job_hooks(
     job: TrainingJob,  # ready
     live: LiveView | None = None,  # shown after each step
 ) -> list[Hook]:  # for the loop
-    "Validation, previews, checkpoints, status and the live view of a job; on rank 0 only."
-    places = [Hook(lambda state: _save_stream(job), job.every["checkpoint"])] if isinstance(job.loader, StreamLoader) else []
-    if not job.run.main:
-        return places  # type: ignore[return-value]
+    "Validation, previews, checkpoints, status and the live view of a job. Every process has the same hooks; what is not `everywhere` runs on rank 0 alone."
+    together = is_sharded(job.state.model)
     hooks = [
+        *([Hook(lambda state: _save_stream(job), job.every["checkpoint"], everywhere=True)] if isinstance(job.loader, StreamLoader) else []),
         Hook(lambda state: validate(job), job.every["validate"], measures=True),
         *([Hook(lambda state: save_preview(job), job.every["sample"])] if job.draws else []),
-        Hook(lambda state: save_job(job), job.every["checkpoint"]),
+        *([Hook(partial(_keep_snapshot, job), every, everywhere=together)] if (every := job.settings.snapshot_every_steps) else []),
+        Hook(lambda state: save_job(job), job.every["checkpoint"], everywhere=together),
         Hook(lambda state: job.run.note(step=state.step), 10),
     ]
     if (cache := job.text_cache) is not None:
         hooks.append(Hook(lambda state: {"text_cache_hit_rate": cache.hit_rate}, 10, measures=True))
-    return [*places, *hooks] + ([Hook(lambda state: live.show(state.step), 10, last=False)] if live else [])
+    return hooks + ([Hook(lambda state: live.show(state.step), 10, last=False)] if live else [])
+
+
+def _keep_snapshot(job: TrainingJob, state: TrainState) -> None:
+    "Power-function averages, from which any width can be had later."
+    save_snapshot(job.run.path / "snapshots", state.averages, state.step, write=job.run.main)
+
+
+def _observe(job: TrainingJob, numbers: Mapping[str, float]) -> str | None:
+    "Let the schedule and early stopping see what was measured; a reason ends the run."
+    name, _ = _direction(job.settings.early_stop)
+    if (loss := numbers.get("val_loss")) is not None and job.state.schedule is not None:
+        job.state.schedule.observe(loss, job.state.step)
+    if job.watch is not None and name in numbers and job.watch.observe(numbers[name]):
+        return f"early stopping: {name} has not improved for {job.watch.patience} measurements, the best was {job.watch.best:.6g}"
+    return None
+
+# %% ../nbs/71_recipes.ipynb #c67bffbd
+def _flops_and_peak(job: TrainingJob) -> dict[str, float]:
+    "Arithmetic of one image's training step and of the device, for the share of peak; nothing where it cannot be counted."
+    held, state = job.data.held_out or job.data.train, job.state
+    if not job.settings.statistics_every_steps or not job.steps or is_sharded(state.model) or not len(held):
+        return {}
+    try:
+        one = next(iter(_held_batches(job, held, 1)))
+        batch = {k: v.to(job.device) if isinstance(v, Tensor) else v for k, v in one.items()}
+
+        def step() -> None:
+            with state.arithmetic.autocast():
+                loss = job.task.loss(state.model, batch).loss.mean()
+            loss.backward()
+
+        flops = step_flops(step)
+    except Exception as error:
+        logging.getLogger("difflit").info("operations could not be counted: %s", error)
+        flops = 0
+    forget_terms(getattr(job.task, "terms", ()))
+    state.arithmetic.abandon()
+    return {"flops": float(flops), "peak": peak_flops(job.device, state.precision.dtype)} if flops else {}
+
+
+def _open_loader(job: TrainingJob) -> Loader | CachedLoader | StreamLoader:
+    "The job's loader, or another one at the state's position where that has been read from."
+    if job.loader is None or job.loader.position != job.state.position or job.loader.closed:
+        before, job.loader = job.loader, make_loader(job.run, job.data.train, job.tokenizer, job.state)
+        if isinstance(before, StreamLoader) and isinstance(job.loader, StreamLoader):
+            job.loader.load_state_dict({**before.state_dict(), "position": job.state.position})
+    return job.loader
+
+
+def _roll_back(job: TrainingJob, error: BaseException) -> None:
+    "Go back to the newest whole checkpoint with a lower rate. Raises the error where that is not the policy, or has been done often enough."
+    recovery, state = job.state.recovery, job.state
+    if recovery.policy != "rollback" or not isinstance(error, (NonFiniteLoss, OverflowLimit)):
+        raise error
+    recovery.choose(error)
+    used = recovery.used
+    if job.writer is not None:
+        job.writer.wait()
+    checkpoint, _ = newest_checkpoint(job.run.path) if state.ranks.alone else newest_sharded(job.run.path)
+    if checkpoint is None:
+        raise TrainingError(f"there is no checkpoint to roll back to: {error}") from None
+    state.arithmetic.abandon()
+    _restore(job.run, state, checkpoint, job.task, job.watch)
+    recovery.used = used  # a checkpoint does not know what came after it
+    close(job.tracker)
+    job.tracker = _open_tracker(job.run, state, job.text_cache is not None)
+    if isinstance(job.loader, StreamLoader):
+        _load_stream(job.run.path, checkpoint.step, job.loader)
+    job.notes.append(f"rolled back to {checkpoint.path.name} with {recovery.lr_scale:g} of the learning rate ({used} of {recovery.limit} times): {error}")
+    logging.getLogger("difflit").warning(job.notes[-1])
+
+# %% ../nbs/71_recipes.ipynb #c682de66
+def _train(job: TrainingJob, live: LiveView | None, stop_after: int | None) -> None:
+    "The loop, and again from the last checkpoint where the policy says so."
+    s, rates = job.settings, _flops_and_peak(job)
+    options: dict[str, Any] = {"steps": job.steps, "batch_size": s.batch_size, "lr": s.lr, "clip_norm": s.clip_norm,
+                               "dump": job.run.path / "broken", "bins_every_steps": s.statistics_every_steps, "rates": rates}
+    save = lambda state: save_job(job) if job.run.main or is_sharded(state.model) else None
+    while True:
+        try:
+            with _open_loader(job) as loader, job.stopper:
+                train(job.state, job.task, loader, tracker=job.tracker, hooks=job_hooks(job, live), stopper=job.stopper, save=save,
+                      observe=partial(_observe, job), stop_after=stop_after, **options)
+            return
+        except (NonFiniteLoss, OverflowLimit, TrainingError) as error:
+            _roll_back(job, error)
+            if live:
+                live.tracker = job.tracker
+
+
+def _preempted(job: TrainingJob, reason: str) -> None:
+    "Say that the run was stopped before its end, and how it goes on."
+    how = f"run_dir={job.run.path} and resume=auto"
+    finish(job.run, "preempted", reason)
+    skip_later_cells(job.run, f"Stopped after step {job.state.step} of {job.steps}: {reason}. The cells from here on were skipped; the run goes on with {how}.")
 
 
 def train_job(
     job: TrainingJob,  # from `prepare`
     show: bool = True,  # progress and curves in place
     stop_after: int | None = None,  # leave after this step, as an interruption would
-) -> TrainingJob:  # the same object, trained
-    "Train to the end; with steps=0 only look at the given weights. Raises `TrainingError` on a loss that is not finite."
-    s, state = job.settings, job.state
-    live = LiveView(job.tracker, job.steps, state.step) if show and job.run.main else None
-    warmup = s.warmup_steps if s.warmup_steps is not None else max(1, job.steps // 10)
-    if job.loader is None or job.loader.position != state.position or job.loader.closed:
-        before, job.loader = job.loader, make_loader(job.run, job.data.train, job.tokenizer, state)
-        if isinstance(before, StreamLoader) and isinstance(job.loader, StreamLoader):
-            job.loader.load_state_dict({**before.state_dict(), "position": state.position})
-    with job.loader as loader:
-        train(state, job.task, loader, steps=job.steps, batch_size=s.batch_size, lr=s.lr, warmup_steps=warmup, clip_norm=s.clip_norm,
-              accumulate=s.accumulate, tracker=job.tracker, hooks=job_hooks(job, live), stop_after=stop_after)
+) -> TrainingJob:  # the same object, trained, or stopped: then its run is `preempted`
+    "Train to the end; with steps=0 only look at the given weights. Raises what `train` raises."
+    live = LiveView(job.tracker, job.steps, job.state.step) if show and job.run.main else None
+    stopped: str | None = None
+    try:
+        _train(job, live, stop_after)
+        if job.state.step < job.steps and job.state.stopped and not job.state.stopped.startswith("early stopping"):
+            stopped = job.state.stopped
+        if job.writer is not None:
+            job.writer.wait()
+    except (OutOfTime, KeyboardInterrupt) as error:
+        _preempted(job, str(error) or "interrupted twice: the steps since the last checkpoint are lost")
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        return job
     if not job.steps and job.run.main:  # nothing to learn, but all to see
         record(job.tracker, 0, **validate(job))
         if job.draws:
             save_preview(job)
-    close(job.tracker)
-    job.run.update(step=state.step)
+    flush(job.tracker)
     if live:
-        live.show(state.step, last=True)
+        live.show(job.state.step, last=True)
+    job.run.update(step=job.state.step, **({"reason": job.state.stopped} if job.state.stopped and not stopped else {}))
+    if stopped:
+        close(job.tracker)
+        _preempted(job, stopped)
+    elif not job.run.main:
+        skip_later_cells(job.run, f"Rank {job.run.rank} has done its part; pictures and scores are in rank 0's report.")
     return job
 
 # %% ../nbs/71_recipes.ipynb #d0a3ac73
@@ -829,6 +1040,8 @@ def score_job(
     if truth is not None and s.score_images:
         scores = {**restoration(images, truth, shown), **scores}
     job.scores = scores
+    log_scores(job.tracker, job.state.step, scores)
+    close(job.tracker)
     if job.run.main:
         write_json(job.run.path / "scores.json", scores)
         atomic_write(job.run.path / "samples" / "final.png", caption_grid(images[:32], captions[:32]).png())

@@ -26,17 +26,20 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .averaging import EMA, Averages
-from .checkpoints import Checkpoint, CheckpointError, CheckpointWriter, pack_optimizer, save_checkpoint, unpack_optimizer
+from difflit.checkpoints import (
+    Checkpoint, CheckpointError, CheckpointWriter, Retention, load_sharded, pack_optimizer, pack_sharded_optimizer, save_sharded, unpack_optimizer,
+    unpack_sharded_optimizer,
+)
 from .data import as_numbers
 from .losses import forget_terms, pack_terms, unpack_terms, update_terms
 from .optimizers import Schedule, make_schedule, optimizer_name, training_mode
 from .precision import Precision
-from .processes import Ranks, average_gradients
+from .processes import Ranks, average_gradients, is_sharded
 from .randomness import stream_key
-from .scaling import Arithmetic, NonFiniteLoss
+from .scaling import Arithmetic, NonFiniteLoss, Recovery
 from .stopping import Asked, Stopper
 from .tasks import Task, TaskLoss
-from .tracking import Tracker, flush, measure_metrics, record, settle
+from .tracking import LossBins, Tracker, add_columns, flush, measure_metrics, record, settle
 
 # %% ../nbs/49_training.ipynb #2781b4d7
 @dataclass
@@ -57,15 +60,16 @@ class TrainState:
     ranks: Ranks = dataclass_field(default_factory=Ranks)  # what the processes agree on
     schedule: Schedule | None = None  # of the learning rate; None: warm-up and a cosine
     parts: int = 1  # micro-batches per process; grows when memory does not suffice
-    rate: float = 1.0  # factor on the learning rate, lowered when the run was rolled back
-    recoveries: int = 0  # how often a loss that was not finite was survived
+    recovery: Recovery = dataclass_field(default_factory=Recovery)  # what follows a loss that is not finite
     recomputes: bool = False  # activations were given up for memory in mid-run
     stopped: str | None = None  # why the last call of `train` ended before the last step
     saved_step: int = -1  # the step of the newest checkpoint
+    sharded: bool = False  # of each weight this process holds one part; found out
 
     def __post_init__(self) -> None:
         if isinstance(self.averages, EMA):
             self.averages = Averages([self.averages])
+        self.sharded = is_sharded(self.model)
         if self.arithmetic is None:
             self.arithmetic = Arithmetic(self.precision, self.model, seed=self.seed)
 
@@ -82,7 +86,7 @@ class TrainState:
     @property
     def overlaps(self) -> bool:
         "Whether gradients are exchanged while the backward pass runs."
-        return isinstance(getattr(self.wrapped, "_orig_mod", self.wrapped), DistributedDataParallel)
+        return self.sharded or isinstance(getattr(self.wrapped, "_orig_mod", self.wrapped), DistributedDataParallel)
 
 # %% ../nbs/49_training.ipynb #3971196a
 def split_batch(
@@ -121,6 +125,14 @@ def seed_step(
         torch.cuda.manual_seed_all(number)
 
 
+def _silence(state: TrainState, last: bool) -> contextlib.AbstractContextManager:
+    "Exchange gradients with the last micro-batch alone."
+    if state.sharded:
+        state.model.set_requires_gradient_sync(last)  # type: ignore[operator]
+    waits = state.overlaps and not state.sharded and not last and not state.arithmetic.shares_each_part
+    return state.accelerator.no_sync(state.network) if waits else contextlib.nullcontext()
+
+
 def forward_backward(
     state: TrainState,  # whose gradients are filled
     task: Task,  # what is computed
@@ -132,8 +144,7 @@ def forward_backward(
     losses = []
     pieces = split_batch(batch, parts)
     for i, piece in enumerate(pieces):
-        waits = state.overlaps and i < len(pieces) - 1 and not state.arithmetic.shares_each_part
-        with state.accelerator.no_sync(state.network) if waits else contextlib.nullcontext():
+        with _silence(state, i == len(pieces) - 1):
             with state.arithmetic.autocast():
                 result = task.loss(state.network, piece)
             state.arithmetic.check(result.loss, piece, dump, state.step + 1, state.ranks.rank)
@@ -141,7 +152,7 @@ def forward_backward(
         losses.append(TaskLoss(result.loss.detach(), result.raw.detach(), result.times, result.parts))
     return losses
 
-# %% ../nbs/49_training.ipynb #f1541ab0
+# %% ../nbs/49_training.ipynb #46d6430b
 FINE, TOO_LARGE, NOT_FINITE, BROKEN = range(4)
 _ALLOCATION = ("out of memory", "can't allocate memory", "alloc_failed", "std::bad_alloc")
 
@@ -193,7 +204,7 @@ def make_room(
         torch.cuda.empty_cache()
     return done
 
-# %% ../nbs/49_training.ipynb #420e6a2e
+# %% ../nbs/49_training.ipynb #e10ee8f1
 def _attempt(state: TrainState, task: Task, batch: Mapping[str, Any], dump: Path | None) -> tuple[list[TaskLoss], BaseException | None]:
     "One try. Its error without the frames, which would keep the tensors alive that memory is wanted for."
     try:
@@ -233,11 +244,14 @@ def compute_gradients(
         state.arithmetic.abandon()
         forget_terms(getattr(task, "terms", ()))
         if worst == NOT_FINITE:
-            raise trouble if isinstance(trouble, NonFiniteLoss) else NonFiniteLoss(f"the loss was not finite at step {state.step + 1} in another process; the weights are untouched")
+            elsewhere = NonFiniteLoss(f"the loss was not finite at step {state.step + 1} in another process; the weights are untouched")
+            raise trouble if isinstance(trouble, NonFiniteLoss) else elsewhere
         if worst == BROKEN:
             raise trouble if trouble is not None else RuntimeError("another process failed; its log says why")
         if state.overlaps:
-            raise OutOfMemory(f"step {state.step + 1} does not fit into memory, and with sync=overlap it cannot be tried again: give accumulate={2 * state.parts}, or sync=after")
+            how = "parallel=fsdp" if state.sharded else "sync=overlap"
+            raise OutOfMemory(f"step {state.step + 1} does not fit into memory, and with {how} it cannot be tried again: give accumulate={2 * state.parts}, "
+                              "and resume=auto goes on from the last checkpoint")
         done = make_room(state, len(batch["position"]))
         logging.getLogger("difflit").warning("step %d: out of memory; %s", state.step + 1, done)
 
@@ -251,6 +265,7 @@ def update_weights(
     state.arithmetic.unscale(state.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(state.arithmetic.parameters, clip_norm or math.inf)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    state.arithmetic.guard_gradients(norm)
     for group in state.optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
     state.arithmetic.step(state.optimizer)
@@ -300,13 +315,11 @@ class LoopSettings:
     batch_size: int  # images per update, over all processes
     lr: float = 1e-4  # peak learning rate
     clip_norm: float = 1.0  # largest gradient norm
-    on_nonfinite: str = "stop"  # skip: leave the batch out and go on; stop: raise, for the caller to end or roll back
-    recoveries: int = 3  # batches that may be left out before the run ends all the same
     dump: Path | None = None  # where batches are put aside whose loss is not finite
-    bins: bool = False  # record the training loss by bin of time
+    bins_every_steps: int = 0  # record the training loss by bin of time; 0: never
     rates: Mapping[str, float] = dataclass_field(default_factory=dict)  # constants for `peak_share`: flops of an image, peak of a device
 
-# %% ../nbs/49_training.ipynb #55ac7f43
+# %% ../nbs/49_training.ipynb #e553d7f5
 def train(
     state: TrainState,  # where to begin; changed in place
     task: Task,  # what is computed
@@ -322,7 +335,7 @@ def train(
     save: Callable[[TrainState], Any] | None = None,  # writes a checkpoint when asked to
     observe: Callable[[Mapping[str, float]], str | None] | None = None,  # sees what hooks measured; a reason means: that was the last step
     stop_after: int | None = None,  # leave after this step, as an interruption would
-    **settings: Any,  # further fields of `LoopSettings`: clip_norm, on_nonfinite, …
+    **settings: Any,  # further fields of `LoopSettings`: clip_norm, dump, …
 ) -> TrainState:  # the same object; `stopped` says whether it was asked to stop
     "Train until `steps`. Raises `NonFiniteLoss`, `OverflowLimit`, `OutOfMemory`, `PeerLost`, each with what would help."
     loop = LoopSettings(steps, batch_size, lr, **settings)
@@ -334,7 +347,7 @@ def train(
         began = time.perf_counter()
         batch = to_device(next(batches), state.precision.device)
         fetched = time.perf_counter()
-        rate = lr * state.rate * schedule.factor(state.step + 1)
+        rate = lr * state.recovery.lr_scale * schedule.factor(state.step + 1)
         try:
             losses, wanted = compute_gradients(state, task, batch, stopper.asked(), loop.dump)
             more = _measured(state, losses)
@@ -363,17 +376,20 @@ def _means(state: TrainState, losses: list[TaskLoss], loop: LoopSettings) -> dic
     named = {"loss": [x.loss.mean() for x in losses], "raw_loss": [x.raw.mean() for x in losses]}
     named |= {name: [x.parts[name].mean() for x in losses] for name in losses[0].parts}
     means = dict(zip(named, state.ranks.mean(torch.stack([torch.stack(v).float().mean() for v in named.values()])).unbind()))
-    bins: dict[str, Any] = {}
+    bins = {}
+    if loop.bins_every_steps and (state.step) % loop.bins_every_steps == 0:
+        seen = LossBins()
+        for x in losses:
+            seen.add(x.raw, x.times)
+        bins = seen.take(None if state.ranks.alone else state.ranks.total)
     return {**means, **bins, **state.arithmetic.metrics(), **({"micro_batches": state.parts} if state.parts > 1 else {})}
 
 
 def _leave_out(state: TrainState, loop: LoopSettings, error: NonFiniteLoss) -> dict[str, Any]:
     "Go on without a batch, if that is the policy and not too often."
-    if loop.on_nonfinite != "skip":
+    if state.recovery.policy == "rollback":  # the caller's part
         raise error
-    state.recoveries += 1
-    if state.recoveries > loop.recoveries:
-        raise TrainingError(f"{state.recoveries} batches had a loss that is not finite, more than recoveries={loop.recoveries}; the last: {error}") from None
+    state.recovery.choose(error)
     logging.getLogger("difflit").warning("left out: %s", error)
     state.arithmetic.abandon()
     state.step += 1
@@ -387,6 +403,8 @@ def _record_step(state: TrainState, tracker: Tracker, row: Mapping[str, Any], lo
     rates = {"seconds": seconds, "images_per_second": loop.batch_size / seconds, "data_wait": (fetched - began) / seconds, "memory_gb": memory_gb()}
     if loop.rates:
         rates["peak_share"] = loop.rates["flops"] * loop.batch_size / seconds / (loop.rates["peak"] * state.ranks.world)
+    if new := [name for name in (*row, *rates) if name not in tracker.columns]:  # of losses, parts and metrics that were not known beforehand
+        add_columns(tracker, *new)
     before = len(tracker.rows)
     record(tracker, state.step, **row, **rates)
     if len(tracker.rows) > before:  # the tracker has just read numbers: a wait is over anyway
@@ -398,16 +416,16 @@ def _look(state: TrainState, loop: LoopSettings, rows: Sequence[Mapping[str, flo
     try:
         state.arithmetic.settle(loop.dump, state.ranks.rank)
     except NonFiniteLoss as error:
-        if loop.on_nonfinite != "skip" or state.recoveries >= loop.recoveries:
+        if state.recovery.policy == "rollback":
             raise
-        state.recoveries += 1
+        state.recovery.choose(error)
         logging.getLogger("difflit").warning("left out: %s", error)
         return
     for row in rows:
         if not math.isfinite(row.get("loss", 0.0)):
             raise TrainingError(f"loss is {row['loss']} at step {int(row['step'])}; the last checkpoint is good, a lower lr or precision=fp32 may help")
 
-# %% ../nbs/49_training.ipynb #6cd8f496
+# %% ../nbs/49_training.ipynb #4e642e41
 def _call_hooks(
     state: TrainState, hooks: Sequence[Hook], loop: LoopSettings, tracker: Tracker | None, observe: Callable[[Mapping[str, float]], str | None] | None
 ) -> None:
@@ -416,6 +434,8 @@ def _call_hooks(
         return
     if tracker is not None:
         _look(state, loop, settle(tracker))
+    if state.sharded:
+        state.ema.gather()  # for the hooks of rank 0
     for hook in (h for h in hooks if h.measures and h.due(state.step, loop.steps)):
         numbers = hook.call(state) if state.ranks.rank == 0 or hook.everywhere else {}
         numbers = numbers if hook.everywhere or state.ranks.alone else state.ranks.gather(numbers)[0]
@@ -446,13 +466,14 @@ def _obey(state: TrainState, wanted: int, stopper: Stopper, save: Callable[[Trai
 # %% ../nbs/49_training.ipynb #b2c0ccbf
 def _parts_of(state: TrainState, task: Task | None) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     "A state as named groups of tensors, and as JSON."
-    moments, rest = pack_optimizer(state.optimizer)
+    moments, rest = pack_sharded_optimizer(state.model, state.optimizer) if state.sharded else pack_optimizer(state.optimizer)
     terms, terms_state = pack_terms(getattr(task, "terms", ()))
     groups = {"model": state.model.state_dict(), **state.averages.tensors(), "optimizer": moments}
     groups |= {name: tensors for name, tensors in (("masters", state.arithmetic.tensors()), ("terms", terms)) if tensors}
-    own = {"position": state.position, "seed": state.seed, "precision": state.precision.name, "optimizer": rest, "optimizer_name": optimizer_name(state.optimizer),
-           "arithmetic": state.arithmetic.state_dict(), "schedule": state.schedule.state_dict() if state.schedule else None, "terms": terms_state,
-           "parts": state.parts, "world": state.ranks.world, "recomputes": state.recomputes, "rate": state.rate, "recoveries": state.recoveries}
+    own = {"position": state.position, "seed": state.seed, "precision": state.precision.name, "optimizer": rest,
+           "optimizer_name": optimizer_name(state.optimizer), "arithmetic": state.arithmetic.state_dict(),
+           "schedule": state.schedule.state_dict() if state.schedule else None, "terms": terms_state, "parts": state.parts,
+           "world": state.ranks.world, "recomputes": state.recomputes, "recovery": state.recovery.state_dict()}
     return groups, own
 
 
@@ -460,7 +481,7 @@ def save_state(
     state: TrainState,  # to be saved
     where: str | Path | CheckpointWriter,  # `checkpoints/` of the run, or what writes there in the background
     extra: Mapping[str, str] | None = None,  # text files that belong with the weights
-    keep: int = 2,  # how many of the newest stay, where a folder is given
+    keep: int | Retention = 2,  # how many of the newest stay, or which, where a folder is given
     task: Task | None = None,  # whose further losses have a state of their own
     scores: Mapping[str, Any] | None = None,  # what is known of these weights, for choosing the best
     **entries: Any,  # further JSON-able entries, such as the data's digest
@@ -470,19 +491,39 @@ def save_state(
     state.saved_step = state.step
     if isinstance(where, CheckpointWriter):
         return where.save(state.step, groups, {**own, **entries}, extra, scores)
-    return save_checkpoint(where, state.step, groups, {**own, **entries}, extra, keep, scores)
+    kept = keep if isinstance(keep, Retention) else Retention(last=keep)
+    if state.sharded:
+        return save_sharded(where, state.step, groups, {**own, **entries}, extra, scores, kept)
+    with CheckpointWriter(where, kept, background=False) as writer:
+        return writer.save(state.step, groups, {**own, **entries}, extra, scores)
 
-# %% ../nbs/49_training.ipynb #b21ee752
+# %% ../nbs/49_training.ipynb #c9c55257
 def _check_entries(state: TrainState, checkpoint: Checkpoint, expected: Mapping[str, Any]) -> None:
     "Refuse a checkpoint of another run. Raises `CheckpointError`."
     known = {"optimizer_name": "adamw", **checkpoint.state}  # older checkpoints knew no other
     for name, value in {"seed": state.seed, "optimizer_name": optimizer_name(state.optimizer), **expected}.items():
         if known.get(name) != value:
-            what = name.removesuffix("_name")
-            raise CheckpointError(f"{checkpoint.path.name} was made with {what}={known.get(name)!r}, this run has {what}={value!r}; a resumed run cannot change it")
+            what, then = name.removesuffix("_name"), known.get(name)
+            raise CheckpointError(f"{checkpoint.path.name} was made with {what}={then!r}, this run has {what}={value!r}; a resumed run cannot change it")
     then, now = known.get("precision"), state.precision.name
     if then != now:
         logging.getLogger("difflit").warning("resumed in %s, was trained in %s", now, then)
+
+
+def _load_weights(state: TrainState, checkpoint: Checkpoint) -> None:
+    "Weights, averages, masters and moments: whole, or each process's part of them."
+    arithmetic = checkpoint.state.get("arithmetic") or {}
+    if state.sharded:
+        load_sharded(checkpoint, {"model": state.model.state_dict(), **state.averages.tensors()})
+        state.averages.load(state.averages.tensors(), checkpoint.step)
+        state.arithmetic.load({}, arithmetic)
+        unpack_sharded_optimizer(state.model, state.optimizer, checkpoint, checkpoint.state["optimizer"])
+        return
+    weights = checkpoint.tensors("model")
+    state.model.load_state_dict(weights)
+    state.averages.load({name: checkpoint.tensors(name) for name in checkpoint.groups() if name.startswith("ema")}, checkpoint.step)
+    state.arithmetic.load({**weights, **(checkpoint.tensors("masters") if "masters" in checkpoint.groups() else {})}, arithmetic)
+    unpack_optimizer(state.optimizer, checkpoint.tensors("optimizer"), checkpoint.state["optimizer"])
 
 
 def load_state(
@@ -495,10 +536,7 @@ def load_state(
     _check_entries(state, checkpoint, expected)
     saved = checkpoint.state
     try:
-        state.model.load_state_dict(checkpoint.tensors("model"))
-        state.averages.load({name: checkpoint.tensors(name) for name in checkpoint.groups() if name.startswith("ema")}, checkpoint.step)
-        state.arithmetic.load(checkpoint.tensors("masters") if "masters" in checkpoint.groups() else {}, saved.get("arithmetic") or {})
-        unpack_optimizer(state.optimizer, checkpoint.tensors("optimizer"), saved["optimizer"])
+        _load_weights(state, checkpoint)
         unpack_terms(getattr(task, "terms", ()), checkpoint.tensors("terms") if "terms" in checkpoint.groups() else {}, saved.get("terms") or {})
         if state.schedule is not None and saved.get("schedule"):
             state.schedule.load_state_dict(saved["schedule"])
@@ -508,7 +546,7 @@ def load_state(
         state.parts = max(state.parts, int(saved.get("parts", 1)))
     if saved.get("recomputes"):
         state.recomputes = recompute_activations(state.model) or state.recomputes
-    state.rate, state.recoveries = float(saved.get("rate", 1.0)), int(saved.get("recoveries", 0))
+    state.recovery.load_state_dict(saved.get("recovery") or {})
     state.step, state.position = checkpoint.step, int(saved["position"])
     state.saved_step = state.step
     return state

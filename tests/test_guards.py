@@ -12,7 +12,7 @@ from difflit.config import SettingsError
 from difflit.data import Sample, Source
 from difflit.diffusion import Diffusion
 from difflit.generation import draw, generate
-from difflit.recipes import prepare, preview_prompts, save_job, train_job
+from difflit.recipes import prepare, preview_prompts, train_job
 from difflit.runs import fail, finish, open_run, read_status
 from difflit.samplers import sample
 from difflit.loading import Loader, open_source
@@ -129,7 +129,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
     run = open_run({**TINY, "run_dir": str(tmp_path / "run"), "checkpoint_every_steps": 2})
     job = prepare(run)
     train_job(job, show=False, stop_after=2)
-    with patch.dict(save_job.__globals__["save_state"].__globals__["save_checkpoint"].__globals__, {"save_file": full_disk}):
+    with patch("difflit.checkpoints._write_hashed", full_disk):
         with pytest.raises(OSError, match="No space left"):
             train_job(job, show=False)
     fail(run, "No space left on device")
