@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['environment_table', 'model_table', 'cache_table', 'latents_figure', 'latent_statistics', 'fill_table',
-           'training_table', 'weights_table', 'skipped_table', 'selection_table', 'statistics_figure', 'damaged_table',
-           'scores_table', 'data_figure', 'progress_figure', 'shown_figure', 'samples_figure', 'nearest_figure',
-           'bins_figure', 'where_table']
+           'training_table', 'weights_table', 'events_table', 'skipped_table', 'selection_table', 'statistics_figure',
+           'damaged_table', 'scores_table', 'data_figure', 'progress_figure', 'shown_figure', 'samples_figure',
+           'nearest_figure', 'bins_figure', 'where_table']
 
 # %% ../nbs/72_reports.ipynb #0f381d47
 import textwrap
@@ -53,6 +53,17 @@ def environment_table(
     return _table({**rows, "started": e["started"]})
 
 # %% ../nbs/72_reports.ipynb #d8f7c682
+_KEPT = {"weights": "fp32 weights", "masters": "weights of that format with fp32 masters", "nowhere": "weights of that format, rounded by chance"}
+
+
+def _precision_words(job: TrainingJob) -> str:
+    "The number format in words, and how much of the network is in it."
+    precision, table = job.state.precision, job.state.arithmetic.table
+    lowered = sum(row.weights for row in table if not row.why) / max(1, sum(row.weights for row in table))
+    words = f"{str(precision.dtype).removeprefix('torch.')} arithmetic on {precision.device.type}, {_KEPT[precision.keeps]}"
+    return words + (f" ({lowered:.0%} of them)" if table else "")
+
+
 def model_table(
     job: TrainingJob,  # prepared
 ) -> str:  # Markdown
@@ -76,7 +87,7 @@ def model_table(
         "parameters": f"{(counts['total'] - counts['embeddings']) / 1e6:.2f} M, and {counts['embeddings'] / 1e6:.2f} M in embeddings{frozen}",
         "arithmetic": f"{flops / 1e9:.3f} GFLOP per image forward, {update / 1e9:.0f} GFLOP per update of {s.batch_size} images",
         "diffusion": f"{job.diffusion.schedule} schedule, {job.diffusion.target} target, {job.diffusion.time_sampling} times",
-        "precision": f"{job.state.precision.name} arithmetic on {job.device.type}, fp32 weights",
+        "precision": _precision_words(job),
         "length": f"{job.steps} updates, {job.steps * s.batch_size / len(job.data.train):.3g} passes over {len(job.data.train):,} images",
     })
 
@@ -173,6 +184,31 @@ def weights_table(
 ) -> str:  # Markdown
     "Statistics of the averaged weights, part by part: the first place to look for dead or exploding layers."
     return parameter_table(job.state.ema.model, depth=1)
+
+# %% ../nbs/72_reports.ipynb #e6ad6281
+def events_table(
+    job: TrainingJob,  # trained, or stopped
+) -> str:  # Markdown
+    "What happened on the way, and how fast it went."
+    rows, state = job.tracker.rows, job.state
+    column = lambda name: np.array([row[name] for row in rows if name in row])
+    timed = {name: column(name)[len(column(name)) // 10 :] for name in ("images_per_second", "data_wait", "peak_share")}  # the first steps warm up
+    speed = [f"{np.median(timed['images_per_second']):.0f} images/s in the median step"] if len(timed["images_per_second"]) else []
+    speed += [f"{np.median(timed['peak_share']):.0%} of the device's peak arithmetic"] if len(timed["peak_share"]) else []
+    speed += [f"{timed['data_wait'].mean():.1%} of the time waiting for data"] if len(timed["data_wait"]) else []
+    overflows = int(column("overflows").max(initial=0))
+    said = {
+        "speed": ", ".join(speed),
+        "stopped": state.stopped or "",
+        "gradients that overflowed": f"{overflows} steps were skipped" if overflows else "",
+        "losses that were no numbers": f"survived {state.recovery.used} times by {state.recovery.policy}" if state.recovery.used else "",
+        "memory": f"batches are cut into {state.parts} pieces" if state.parts > job.settings.accumulate else "",
+        "activations": "recomputed, for want of memory" if state.recomputes else "",
+        **{f"note {i}": note for i, note in enumerate((n for n in job.notes if n.startswith("rolled back")), 1)},
+    }
+    found = {name: text for name, text in said.items() if text}
+    calm = "\n\nNothing else happened on the way: no overflow, no batch left out, no lack of memory."
+    return _table(found, ("what", "how")) + ("" if set(found) - {"speed"} else calm)
 
 # %% ../nbs/72_reports.ipynb #e79df05b
 def skipped_table(

@@ -29,7 +29,7 @@ from difflit.diffusion import Diffusion
 from difflit.latent import LatentConfig, TextEncoder, latent_denoiser
 from difflit.models import build_model, family, freeze, model_card, reinitialise_parts
 from difflit.tasks import LatentDiffusion
-from difflit.training import EMA
+from difflit.averaging import EMA
 
 PROMPT = "a red circle on a blue background"
 

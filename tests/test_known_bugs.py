@@ -26,7 +26,9 @@ from difflit.samplers import SAMPLERS, ddim, euler, get_sampler, per_sample_nois
 from difflit.loading import Loader, open_source
 from difflit.tasks import TextToImage
 from difflit.text import TextCache, encode_rows
-from difflit.training import EMA, TrainState, make_optimizer, train
+from difflit.averaging import EMA
+from difflit.optimizers import make_optimizer
+from difflit.training import TrainState, train
 
 SMALL = dict(image_size=16, channels=16, channel_mult=(1, 2), attention_downsamplings=(1, 2), head_channels=16, text_width=32, text_heads=2,
              text_layers=2, text_context=8, vocabulary=50)

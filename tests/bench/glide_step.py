@@ -40,7 +40,9 @@ from difflit.glide import Glide, create_glide, keep_freed_memory
 from difflit.precision import Precision, choose_device
 from difflit.samplers import sample, spaced_times
 from difflit.tasks import create_task
-from difflit.training import EMA, TrainState, forward_backward, make_optimizer, seed_step, to_device, update_weights
+from difflit.averaging import EMA
+from difflit.optimizers import make_optimizer
+from difflit.training import TrainState, forward_backward, seed_step, to_device, update_weights
 
 try:
     from glide_text2im.model_creation import create_gaussian_diffusion, create_model, model_and_diffusion_defaults, model_and_diffusion_defaults_upsampler

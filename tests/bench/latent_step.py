@@ -41,7 +41,9 @@ from difflit.glide import keep_freed_memory
 from difflit.latent import create_latent, unet_config
 from difflit.precision import choose_device, choose_precision
 from difflit.tasks import LatentDiffusion
-from difflit.training import EMA, TrainState, forward_backward, make_optimizer, seed_step, to_device, update_weights
+from difflit.averaging import EMA
+from difflit.optimizers import make_optimizer
+from difflit.training import TrainState, forward_backward, seed_step, to_device, update_weights
 
 SMALL = {  # SD1.5's shape, a fifth as wide: 12.6 million parameters
     "sample_size": 16, "block_out_channels": [64, 128, 256], "layers_per_block": 1, "attention_head_dim": 8, "cross_attention_dim": 128,

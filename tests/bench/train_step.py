@@ -19,7 +19,9 @@ from difflit.glide import create_glide, keep_freed_memory
 from difflit.models import count_parameters, flops_per_image
 from difflit.precision import Precision, choose_device, choose_precision
 from difflit.tasks import TextToImage
-from difflit.training import EMA, TrainState, forward_backward, make_optimizer, seed_step, to_device, update_weights
+from difflit.averaging import EMA
+from difflit.optimizers import make_optimizer
+from difflit.training import TrainState, forward_backward, seed_step, to_device, update_weights
 
 
 def make_batch(size, vocabulary, context):
