@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SCORERS', 'make_tokenizer', 'build_network', 'build_diffusion', 'task_name', 'text_is_frozen', 'build_task',
            'TrainingJob', 'count_steps', 'rate_factors', 'prepare', 'read_damaged', 'make_loader', 'data_changes',
-           'job_sampling', 'whole_pictures', 'job_pictures', 'preview_prompts', 'save_preview', 'save_job', 'validate',
-           'job_hooks', 'train_job', 'scorer', 'score_shapes', 'score_digits', 'score_emoji', 'Judged', 'score_job']
+           'job_sampling', 'whole_pictures', 'average_of', 'job_pictures', 'preview_prompts', 'save_preview',
+           'save_job', 'validate', 'job_hooks', 'train_job', 'scorer', 'score_shapes', 'score_digits', 'score_emoji',
+           'Judged', 'score_job']
 
 # %% ../nbs/71_recipes.ipynb #67fadd95
 import copy
@@ -305,7 +306,7 @@ def _cut_up(settings: TrainSettings, model: nn.Module, ranks: Ranks, keeps: str)
     if keeps != "weights" or settings.compile or settings.sync == "overlap" or settings.text_cache_mb and text_is_frozen(model):
         raise SettingsError("parallel=fsdp goes with precision=fp32, bf16 or fp16, without compile and sync=overlap, and without the cache of a frozen "
                             "text tower (text_cache_mb=0)")
-    full = copy.deepcopy(model)
+    full = copy.deepcopy(model).cpu()  # rank 0 keeps it in the machine's memory
     shard(model, next(model.parameters()).device.type)
     return full
 
@@ -426,8 +427,9 @@ def _wire(run: Run) -> TrainingJob:
         notes.append(f"{lost} files were skipped, {lost / (lost + len(data.train)):.1%} of what was found")
     _check_shapes(settings, model)
     if run.main:
-        kept = settings.keep_checkpoints
-        require_room(run.path, checkpoint_bytes(model) * (kept + 1), f"keeping {kept} checkpoints (and writing one more)")
+        kept = settings.keep_checkpoints + settings.keep_best
+        averages = 1 + len([a for a in settings.averages.split(",") if a.strip()])
+        require_room(run.path, checkpoint_bytes(model, 3 + averages) * (kept + 1), f"keeping {kept} checkpoints (and writing one more)")
     state = _make_state(settings, model)
     task, cache = build_task(settings, state.model, diffusion, made.encoders if made else None)
     _check_prompts(settings, task)
@@ -698,6 +700,14 @@ def whole_pictures(
     return torch.stack([image_tensor(sample.image, image_size) for sample in samples])
 
 
+def average_of(
+    job: TrainingJob,  # under way
+) -> nn.Module:  # in evaluation mode, on the job's device
+    "The average that is judged and drawn with; one that is kept elsewhere is copied for the moment."
+    model = job.state.ema.model
+    return model if next(model.parameters()).device.type == job.device.type else copy.deepcopy(model).to(job.device)
+
+
 def job_pictures(
     job: TrainingJob,  # under way
     samples: Sequence[Sample],  # N, whose captions are drawn
@@ -706,7 +716,7 @@ def job_pictures(
     "Pictures from the job's average, with its settings."
     s, seeds = job.settings, range(first_seed, first_seed + len(samples))
     given = job.task.given(whole_pictures(samples, s.image_size), list(seeds), "preview") if job.shown else {}  # type: ignore[attr-defined]
-    drawn = draw(job.state.ema.model, job.diffusion, job.tokenizer, [sample.caption for sample in samples], s.image_size, given=given, seeds=seeds,
+    drawn = draw(average_of(job), job.diffusion, job.tokenizer, [sample.caption for sample in samples], s.image_size, given=given, seeds=seeds,
                  precision=job.state.precision, autoencoder=job.encoders and job.encoders.autoencoder, **job_sampling(job))
     return drawn, given
 
@@ -765,7 +775,7 @@ def validate(
         return {}
     with torch.inference_mode(), job.state.precision.autocast():
         made = [{k: v.to(job.device) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in _held_batches(job, held)]
-        return job.task.validation_loss(job.state.ema.model, made) if made else {}
+        return job.task.validation_loss(average_of(job), made) if made else {}
 
 
 def _held_batches(job: TrainingJob, held: Source, images: int | None = None) -> list[dict[str, Any]]:
@@ -1003,7 +1013,7 @@ def _enlarge(job: TrainingJob, images: Tensor, captions: list[str]) -> Tensor | 
 @torch.no_grad()
 def _found_captions(job: TrainingJob, choices: int = 16) -> dict[str, Any]:
     "How often a noised held-out picture likes its own caption most, among so many; at three times."
-    source, clip, scores = job.data.held_out or job.data.train, job.state.ema.model, {}
+    source, clip, scores = job.data.held_out or job.data.train, average_of(job), {}
     seen: dict[str, Sample] = {}
     for sample in sound_samples(source, range(min(len(source), 4 * job.settings.score_images))):  # each caption once, or the question has no answer
         seen.setdefault(sample.caption, sample)

@@ -405,10 +405,10 @@ def _record_step(state: TrainState, tracker: Tracker, row: Mapping[str, Any], lo
         rates["peak_share"] = loop.rates["flops"] * loop.batch_size / seconds / (loop.rates["peak"] * state.ranks.world)
     if new := [name for name in (*row, *rates) if name not in tracker.columns]:  # of losses, parts and metrics that were not known beforehand
         add_columns(tracker, *new)
-    before = len(tracker.rows)
+    before = tracker.flushes
     record(tracker, state.step, **row, **rates)
-    if len(tracker.rows) > before:  # the tracker has just read numbers: a wait is over anyway
-        _look(state, loop, tracker.rows[before:])
+    if tracker.flushes > before:  # the tracker has just read numbers: a wait is over anyway
+        _look(state, loop, tracker.latest)
 
 
 def _look(state: TrainState, loop: LoopSettings, rows: Sequence[Mapping[str, float]]) -> None:
