@@ -141,7 +141,7 @@ def test_a_loss_that_is_summed_over_micro_batches(tmp_path):
 
 
 def test_seeds_that_pile_up():
-    """torch.manual_seed keeps a traceback for each kind of device that is not in use yet, at every call: milliseconds a step, and memory that is never freed."""
+    """torch.manual_seed keeps a traceback for each kind of device that is not in use yet, at every call: time at each step, memory that is never freed."""
     waiting = len(torch.cuda._queued_calls)
     for step in range(100):
         seed_step(0, step)
