@@ -157,7 +157,8 @@ class Run:
         self._stop, self._write_lock = threading.Event(), threading.Lock()
         self._thread: threading.Thread | None = None
         self._signals: list[tuple[int, Any]] = []
-        self._skipping, self._said, self._cell_ended = "", False, 0.0
+        self._skipping, self._cell_ended = "", 0.0
+        self._said: list[str] | None = None  # the cell that says why the later ones are skipped
 
     @property
     def main(self) -> bool:
@@ -413,8 +414,8 @@ def _cell_of(run: Run, lines: list[str]) -> list[str]:
     if interactive and time.monotonic() - run._cell_ended > 1.0:
         run._skipping = ""  # a person, who knows what he wants
         return lines
-    why, run._said = run._skipping if not run._said else "", True
-    return [f"print({why!r})\n" if why else "pass\n"]
+    run._said = run._said or list(lines)  # the kernel may ask twice for a cell
+    return [f"print({run._skipping!r})\n" if run._said == lines else "pass\n"]
 
 
 def _after_cell(run: Run, result: Any) -> None:

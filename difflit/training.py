@@ -250,7 +250,7 @@ def compute_gradients(
     state: TrainState,  # whose gradients are filled
     task: Task,  # what is computed
     batch: Mapping[str, Any],  # this process's share of the global batch
-    asked: Asked | None = None,  # what this process was asked to do after the step
+    asked: Callable[[], Asked] | None = None,  # what this process is asked to do after the step; called after the passes, to hear of what came meanwhile
     dump: Path | None = None,  # where to put a batch aside whose loss is not finite
 ) -> tuple[list[TaskLoss], int]:  # losses of each micro-batch; the largest `Asked.code` of all processes
     "Gradients of the mean loss over the global batch. Raises `NonFiniteLoss` in all processes if it is one in any, `OutOfMemory`, `PeerLost`."
@@ -259,7 +259,7 @@ def compute_gradients(
         losses, trouble = _attempt(state, task, batch, dump)
         if trouble is not None and state.overlaps and not state.ranks.alone:
             raise _refuse_retry(state, trouble)
-        worst, wanted = (int(n) for n in state.ranks.largest(_severity(trouble), asked.code if asked else 0))
+        worst, wanted = (int(n) for n in state.ranks.largest(_severity(trouble), asked().code if asked else 0))
         if worst == FINE:
             if not state.overlaps:
                 average_gradients(state.ranks, _shared_gradients(state))
@@ -370,7 +370,7 @@ def train(
         rate = lr * state.recovery.lr_scale * schedule.factor(state.step + 1)
         try:
             with state.ranks.listening("training"):
-                losses, wanted = compute_gradients(state, task, batch, stopper.asked(), loop.dump)
+                losses, wanted = compute_gradients(state, task, batch, stopper.asked, loop.dump)
                 more = _measured(state, losses)
                 norm = update_weights(state, rate, loop.clip_norm)
             row = {"grad_norm": norm, "lr": rate, **more, **_means(state, losses, loop), **update_terms(getattr(task, "terms", ()), state.step)}

@@ -29,6 +29,8 @@ def troubled(kind: str, rank: int, step: int, parts: int = 2):
             return FORWARD_BACKWARD(state, task, batch, pieces, dump)
         if kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if kind == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
         if kind == "term":
             os.kill(os.getpid(), signal.SIGTERM)
         if kind == "oom" and pieces < parts:

@@ -21,8 +21,8 @@ from difflit.runs import read_status
 from difflit.tracking import read_metrics
 
 SMALL = {"batch_size": 12, "score_images": 0, "sampler_steps": 1, "validation_images": 6, "precision": "fp32", "workers": 0, "image_size": 16, "channels": 32,
-         "steps": 20, "lr": 3e-4, "lr_schedule": "constant", "warmup_steps": 4, "clip_norm": 0.5, "averages": "power:0.1", "trackers": "none", "timeout_seconds": 120,
-         "checkpoint_every_steps": 10, "validate_every_steps": 10, "sample_every_steps": 20}
+         "checkpoint_every_steps": 10, "validate_every_steps": 10, "sample_every_steps": 20, "steps": 20,
+         "lr": 3e-4, "lr_schedule": "constant", "warmup_steps": 4, "clip_norm": 0.5, "averages": "power:0.1", "trackers": "none", "timeout_seconds": 120}
 PYTHONPATH = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": PYTHONPATH}
 
@@ -131,8 +131,8 @@ def one(place):
 
 
 ADVERSARIAL = {"loss_terms": "adversarial=0.05", "steps": 6}
-EARLY = {"lr_schedule": "plateau", "lr_options": "patience: 1, gamma: 0.5", "validate_every_steps": 1}
-EARLY |= {"early_stop": "val_loss", "patience": 3, "improvement": 0.9}
+EARLY = {"lr_schedule": "plateau", "lr_options": "patience: 1, gamma: 0.5, threshold: 0.9", "validate_every_steps": 1, "warmup_steps": 1}
+EARLY |= {"early_stop": "val_loss", "patience": 5, "improvement": 0.9}
 
 
 @pytest.fixture(scope="module")
