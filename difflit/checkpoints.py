@@ -6,7 +6,8 @@
 __all__ = ['CheckpointError', 'pack_optimizer', 'unpack_optimizer', 'step_folder', 'list_checkpoints', 'Retention',
            'prune_checkpoints', 'discard_after', 'CheckpointWriter', 'save_checkpoint', 'Checkpoint', 'load_checkpoint',
            'newest_checkpoint', 'best_checkpoint', 'save_sharded', 'newest_sharded', 'load_sharded',
-           'pack_sharded_optimizer', 'unpack_sharded_optimizer', 'merge_checkpoint', 'checkpoint_bytes']
+           'pack_sharded_optimizer', 'unpack_sharded_optimizer', 'optimizer_tensors', 'merge_checkpoint',
+           'checkpoint_bytes']
 
 # %% ../nbs/45_checkpoints.ipynb #954e10e1
 import contextlib
@@ -25,11 +26,14 @@ from typing import Any, Self
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .files import atomic_directory, atomic_file, clear_leftovers, digest_file, read_json, remove_directory, verify_manifest, write_manifest
+from difflit.files import (
+    atomic_directory, atomic_file, clear_leftovers, digest_file, join_shards, read_json, remove_directory, shard_places, verify_manifest, whole_shape,
+    write_manifest,
+)
 
 # %% ../nbs/45_checkpoints.ipynb #f2cd39cb
 class CheckpointError(RuntimeError):
@@ -513,8 +517,8 @@ class Checkpoint:
         if name not in self.groups():
             raise CheckpointError(f"{self.path} holds no {name!r}; it holds {self.groups()}")
         try:
-            return load_file(file) if file.exists() else _join_shards(self.path / name)
-        except (OSError, SafetensorError) as error:  # verified once, changed since
+            return load_file(file) if file.exists() else join_shards(self.path / name)
+        except (OSError, SafetensorError, ValueError) as error:  # verified once, changed since
             raise CheckpointError(f"{self.path.name}/{name} cannot be read: {error}") from None
 
 
@@ -535,42 +539,10 @@ def load_checkpoint(
         raise CheckpointError(f"damaged checkpoint: {path.name}/state.json cannot be used: {type(error).__name__}: {error}") from None
 
 # %% ../nbs/45_checkpoints.ipynb #eaca589a
-def _shards(folder: Path) -> dict[str, list[tuple[list[int], list[int], Path]]]:
-    "Where the pieces of each tensor lie: their first element's place, their shape, their file."
-    pieces: dict[str, list[tuple[list[int], list[int], Path]]] = {}
-    for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else [folder]:
-        with safe_open(path, framework="pt") as file:
-            places = json.loads((file.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
-            for name in file.keys():
-                shape = file.get_slice(name).get_shape()
-                pieces.setdefault(name, []).append((places.get(name, {}).get("saved_offsets", [0] * len(shape)), shape, path))
-    return pieces
-
-
-def _whole_shape(pieces: list[tuple[list[int], list[int], Path]]) -> list[int]:
-    "The shape that pieces make together."
-    return [max(start[d] + shape[d] for start, shape, _ in pieces) for d in range(len(pieces[0][1]))]
-
-
 def _shapes(checkpoint: Checkpoint, name: str) -> dict[str, list[int]]:
     "The shapes of a group's whole tensors."
     file = checkpoint.path / f"{name}.safetensors"
-    return {key: _whole_shape(pieces) for key, pieces in _shards(file if file.exists() else checkpoint.path / name).items()}
-
-
-def _join_shards(folder: Path) -> dict[str, Tensor]:
-    "Whole tensors from a folder of shards, each of which says where it belongs."
-    shards = _shards(folder)
-    loaded = {path: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
-    whole: dict[str, Tensor] = {}
-    for name, pieces in shards.items():
-        shape = _whole_shape(pieces)
-        if sum(math.prod(part) for _, part, _ in pieces) != math.prod(shape):
-            raise CheckpointError(f"{folder.parent.name}/{folder.name}: the shards of {name} do not make a whole of {shape}")
-        whole[name] = torch.empty(shape, dtype=loaded[pieces[0][2]][name].dtype)
-        for start, part, path in pieces:
-            whole[name][tuple(slice(a, a + n) for a, n in zip(start, part, strict=True))] = loaded[path][name]
-    return whole
+    return {key: whole_shape(pieces) for key, pieces in shard_places(file if file.exists() else checkpoint.path / name).items()}
 
 # %% ../nbs/45_checkpoints.ipynb #5b609773
 def newest_checkpoint(
@@ -729,10 +701,15 @@ def _check_fit(place: str, saved: Mapping[str, list[int]], wanted: Mapping[str, 
             raise CheckpointError(f"{place}: {key} is {saved[key]} there and {shape} here")
 
 # %% ../nbs/45_checkpoints.ipynb #44f03a72
+def _names(model: nn.Module, optimizer: torch.optim.Optimizer, held: Mapping[nn.Parameter, nn.Parameter] | None = None) -> list[str]:
+    "The network's name of each of an optimizer's parameters, in the optimizer's order."
+    known = {id(held.get(p, p) if held else p): name for name, p in model.named_parameters()}
+    return [known.get(id(p), f"other-{i}") for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])]
+
+
 def _named(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     "The same tensors under names that begin with their parameter's name."
-    known = {id(p): name for name, p in model.named_parameters()}
-    numbered = [known.get(id(p), f"other-{i}") for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])]
+    numbered = _names(model, optimizer)
     split = {key: key.split(".", 1) for key in tensors}
     return {f"{numbered[int(i)]}.{rest[0]}" if rest and i.isdigit() else key: tensors[key] for key, (i, *rest) in split.items()}
 
@@ -764,8 +741,25 @@ def unpack_sharded_optimizer(
         for p, value in zip(model.parameters(), before, strict=True):
             p.copy_(value)
     tensors = pack_optimizer(optimizer)[0]
-    load_sharded(checkpoint, {name: _named(model, optimizer, tensors)}, group)
+    by_number = (checkpoint.path / f"{name}.safetensors").exists()  # a run that was not sharded wrote it
+    load_sharded(checkpoint, {name: tensors if by_number else _named(model, optimizer, tensors)}, group)
     unpack_optimizer(optimizer, tensors, rest)
+
+# %% ../nbs/45_checkpoints.ipynb #9b6f0150
+def optimizer_tensors(
+    model: nn.Module,  # whose parameters it updates, not sharded
+    optimizer: torch.optim.Optimizer,  # with the same parameters in the same groups
+    checkpoint: Checkpoint,  # of a sharded run or of another
+    held: Mapping[nn.Parameter, nn.Parameter] | None = None,  # the optimizer's parameter for each of the network's, where they differ
+    name: str = "optimizer",  # its group of tensors in the checkpoint
+) -> dict[str, Tensor]:  # by parameter's number, as `unpack_optimizer` takes them
+    "An optimizer's moments, whichever way they were saved."
+    tensors = checkpoint.tensors(name)
+    if (checkpoint.path / f"{name}.safetensors").exists():
+        return tensors
+    numbers = {name: i for i, name in enumerate(_names(model, optimizer, held))}
+    return {f"{numbers[owner]}.{entry}" if (owner := (split := key.rpartition("."))[0]) in numbers and (entry := split[2]) else key: tensor
+            for key, tensor in tensors.items()}
 
 # %% ../nbs/45_checkpoints.ipynb #4a42e611
 def merge_checkpoint(

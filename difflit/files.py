@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'atomic_file', 'atomic_write', 'atomic_directory', 'clear_leftovers', 'remove_directory', 'digest_bytes',
-           'digest_file', 'write_json', 'read_json', 'write_manifest', 'verify_manifest', 'require_room',
-           'DownloadError', 'cache_folder', 'download']
+           'digest_file', 'write_json', 'read_json', 'write_manifest', 'verify_manifest', 'shard_places', 'whole_shape',
+           'join_shards', 'require_room', 'DownloadError', 'cache_folder', 'download']
 
 # %% ../nbs/01_files.ipynb #7726c8cc
 import base64
@@ -14,6 +14,7 @@ import ctypes
 import hashlib
 import http.client
 import json
+import math
 import os
 import secrets
 import re
@@ -263,6 +264,49 @@ def verify_manifest(
         empty = folder.is_dir() and not any(folder.iterdir())
         return [f"{folder.name} is empty" if empty else f"{folder.name}/{MANIFEST} cannot be read: {error}"]
     return [fault for fault in faults if fault]
+
+# %% ../nbs/01_files.ipynb #b46a52a7
+def shard_places(
+    path: str | Path,  # a folder of safetensors files, or one such file
+) -> dict[str, list[tuple[list[int], list[int], Path]]]:  # of each tensor its pieces: the place of the first element, the shape, the file
+    "Where the pieces of tensors lie, by the files' headers alone."
+    from safetensors import safe_open
+
+    path, pieces = Path(path), dict[str, Any]()
+    for part in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+        with safe_open(part, framework="pt") as file:
+            places = json.loads((file.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
+            for name in file.keys():
+                shape = file.get_slice(name).get_shape()
+                pieces.setdefault(name, []).append((places.get(name, {}).get("saved_offsets", [0] * len(shape)), shape, part))
+    return pieces
+
+
+def whole_shape(
+    pieces: list[tuple[list[int], list[int], Path]],  # of one tensor
+) -> list[int]:  # sides
+    "The shape that pieces make together."
+    return [max(start[d] + shape[d] for start, shape, _ in pieces) for d in range(len(pieces[0][1]))]
+
+
+def join_shards(
+    folder: str | Path,  # of safetensors files
+) -> dict[str, Any]:  # tensors by name, on the CPU
+    "Whole tensors from their pieces. Raises `ValueError` if they do not make a whole."
+    import torch
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    loaded = {path: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+    whole = {}
+    for name, pieces in shard_places(folder).items():
+        shape = whole_shape(pieces)
+        if sum(math.prod(part) for _, part, _ in pieces) != math.prod(shape):
+            raise ValueError(f"{folder.parent.name}/{folder.name}: the shards of {name} do not make a whole of {shape}")
+        whole[name] = torch.empty(shape, dtype=loaded[pieces[0][2]][name].dtype)
+        for start, part, path in pieces:
+            whole[name][tuple(slice(a, a + n) for a, n in zip(start, part, strict=True))] = loaded[path][name]
+    return whole
 
 # %% ../nbs/01_files.ipynb #3827fa10
 def require_room(

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .config import SettingsError, nearest
-from .files import read_json, verify_manifest
+from .files import join_shards, read_json, verify_manifest
 from .glide import Glide, GlideConfig
 from .perception import Clip, ClipConfig
 
@@ -257,9 +257,10 @@ def load_model(
     folder = model_folder(path)
     card = read_json(folder / "config.json")
     file = next((f for f in (folder / f"{weights}.safetensors", folder / "model.safetensors") if f.exists()), None)
-    if file is None:
+    shards = next((f for f in (folder / weights, folder / "model") if any(f.glob("*.safetensors"))), None)  # of a run with parallel=fsdp
+    if file is None and shards is None:
         raise SettingsError(f"{folder} has a config.json but no weights; expected {weights}.safetensors")
-    model = load_weights(build_model(card), load_file(file), str(file))
+    model = load_weights(build_model(card), load_file(file) if file is not None else join_shards(shards), str(file or shards))
     return model.to(device).eval(), card
 
 # %% ../nbs/35_models.ipynb #2b4128e4

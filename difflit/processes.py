@@ -30,12 +30,18 @@ class PeerLost(RuntimeError):
     "Another process is gone or silent."
 
 
+_SILENCE = ("connection closed", "connection reset", "broken pipe", "timed out", "connection refused", "gloo", "nccl")
+
+
 @contextlib.contextmanager
-def _peers(doing: str, timeout_seconds: float) -> Iterator[None]:
-    "Turn what torch says when a process is missing into a sentence."
+def _peers(doing: str, timeout_seconds: float, *, surely: bool = True) -> Iterator[None]:
+    "Turn what torch says when a process is missing into a sentence. Not `surely`: only where torch's words are of that kind."
     try:
         yield
-    except (dist.DistBackendError, dist.DistNetworkError, RuntimeError) as error:
+    except RuntimeError as error:
+        torchs = type(error) is RuntimeError or isinstance(error, dist.DistError)
+        if isinstance(error, PeerLost) or not surely and not (torchs and any(word in str(error).lower() for word in _SILENCE)):
+            raise
         raise PeerLost(f"while {doing}: another process of this run is gone, or was silent for {timeout_seconds:g} s ({str(error).splitlines()[0][:200]}). "
                        "Its log is in logs/rank-N.log; the last checkpoint is whole") from None
 
@@ -57,6 +63,13 @@ class Ranks:
     def alone(self) -> bool:
         "Whether there is no other process."
         return self.group is None
+
+    def listening(
+        self,
+        doing: str,  # for the sentence, such as "averaging"
+    ) -> contextlib.AbstractContextManager:
+        "Within it, the error of an exchange that torch makes by itself (in a backward pass, of sharded weights) becomes `PeerLost`; others stay as they are."
+        return contextlib.nullcontext() if self.alone else _peers(doing, self.timeout_seconds, surely=False)
 
     def largest(
         self,

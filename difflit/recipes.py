@@ -55,7 +55,7 @@ from .optimizers import make_optimizer, make_schedule
 from .precision import Precision, choose_device, choose_precision
 from .processes import Ranks, is_sharded, join_processes, shard
 from .randomness import normal
-from .runs import Run, finish, rank_and_world, skip_later_cells
+from .runs import Run, fail, finish, rank_and_world, skip_later_cells
 from .samplers import get_sampler, sigma_steps
 from .scaling import Arithmetic, DynamicLossScaler, NonFiniteLoss, OverflowLimit, Recovery
 from .sources import parse_caption
@@ -314,10 +314,11 @@ def _cut_up(settings: TrainSettings, model: nn.Module, ranks: Ranks, keeps: str)
 def _arithmetic(settings: TrainSettings, model: nn.Module, precision: Precision, ranks: Ranks, sharded: bool) -> Arithmetic:
     "How gradients are made in the run's format, and what all processes must hear of."
     scaler = DynamicLossScaler(precision.device.type, settings.loss_scale) if precision.scaled else None
-    hears = not ranks.alone and (sharded or precision.device.type != "cpu")
+    together = not ranks.alone and (sharded or settings.sync == "overlap")  # gradients are exchanged while one process's loss may be no number
+    hears = together or not ranks.alone and precision.device.type != "cpu"
     agree = (lambda flag: torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)) if hears else None
     kept = [p.strip() for p in settings.keep_fp32.split(",") if p.strip()]
-    return Arithmetic(precision, model, scaler, keep_fp32=kept, seed=settings.seed, agree=agree)
+    return Arithmetic(precision, model, scaler, keep_fp32=kept, seed=settings.seed, agree=agree, wait=False if together else None)
 
 
 def _make_optimizer(settings: TrainSettings, model: nn.Module, arithmetic: Arithmetic) -> torch.optim.Optimizer:
@@ -925,6 +926,11 @@ def train_job(
         if isinstance(error, KeyboardInterrupt):
             raise
         return job
+    except Exception as error:
+        fail(job.run, error)  # at once: the launcher's SIGTERM for the processes that are left must not have the first word
+        raise
+    if job.state.sharded:
+        job.state.ema.gather()  # all processes, also where there was no step left to do
     if not job.steps and job.run.main:  # nothing to learn, but all to see
         record(job.tracker, 0, **validate(job))
         if job.draws:
@@ -937,6 +943,8 @@ def train_job(
         close(job.tracker)
         _preempted(job, stopped)
     elif not job.run.main:
+        if job.state.step >= job.steps or job.state.stopped:
+            finish(job.run)
         skip_later_cells(job.run, f"Rank {job.run.rank} has done its part; pictures and scores are in rank 0's report.")
     return job
 

@@ -107,7 +107,18 @@ def _alive(pid: int) -> bool:
         return False
     except OSError:
         pass
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"  # killed, but its parent has not looked yet
     return True
+
+
+def _last_words(path: str | Path) -> dict[int, str]:
+    "Why other processes of a run failed, by rank."
+    found = {}
+    for file in sorted((Path(path) / "logs").glob("rank-*.failed")):
+        with contextlib.suppress(OSError, ValueError):
+            found[int(file.stem.removeprefix("rank-"))] = file.read_text(encoding="utf-8")
+    return found
 
 
 def read_status(
@@ -122,7 +133,8 @@ def read_status(
         here = status.get("host") == socket.gethostname()
         silent = time.time() - status.get("heartbeat", 0) > DEAD_AFTER_SECONDS
         if silent or (here and not _alive(int(status.get("pid", -1)))):
-            status["state"], status["reason"] = "dead", "the process is gone without a word"
+            words = [f"rank {rank} says: {why}" for rank, why in _last_words(path).items()]
+            status["state"], status["reason"] = ("failed", f"rank 0 was killed; {words[0]}") if words else ("dead", "the process is gone without a word")
     return status
 
 # %% ../nbs/03_runs.ipynb #25820967
@@ -145,7 +157,8 @@ class Run:
         self._stop, self._write_lock = threading.Event(), threading.Lock()
         self._thread: threading.Thread | None = None
         self._signals: list[tuple[int, Any]] = []
-        self._skipping, self._said, self._cell_ended = "", False, 0.0
+        self._skipping, self._cell_ended = "", 0.0
+        self._said: list[str] | None = None  # the cell that says why the later ones are skipped
 
     @property
     def main(self) -> bool:
@@ -210,6 +223,8 @@ def _take_signals(run: Run) -> None:
     "Outside the training loop, which listens by itself, a scheduler's signal ends the process as ever, but not without a word in the status."
 
     def tell(number: int, frame: Any) -> None:
+        if run.main and _last_words(run.path):  # the launcher ends the processes that are left
+            fail(run, "another process of this run failed")
         finish(run, "preempted", f"{signal.Signals(number).name} outside the training loop")
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
@@ -235,6 +250,8 @@ def _begin(run: Run) -> None:
     (run.path / "logs").mkdir(exist_ok=True)
     if run.main:
         _take_lock(run.path)
+        for old in (run.path / "logs").glob("rank-*.failed"):
+            old.unlink(missing_ok=True)
     run.update(state="running", reason=None, host=socket.gethostname(), pid=os.getpid(), started=datetime.now().astimezone().isoformat(timespec="seconds"))
     handler = logging.FileHandler(run.path / "logs" / f"rank-{run.rank}.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -254,6 +271,8 @@ def _end(run: Run, state: str, reason: str | None) -> None:
         return
     run._stop.set()
     _give_signals_back(run)
+    if run.main and state == "failed":
+        reason = _with_words(run, reason)
     logging.getLogger("difflit").info("%s%s", state, f": {reason}" if reason else "")
     run.update(state=state, reason=reason, ended=datetime.now().astimezone().isoformat(timespec="seconds"))
     if run.main:
@@ -264,10 +283,17 @@ def _end(run: Run, state: str, reason: str | None) -> None:
     run._handler.close()  # type: ignore[attr-defined]
 
 
+def _with_words(run: Run, reason: str | None) -> str | None:
+    "A reason, and what a rank said that failed before this one and not because of it."
+    said = [f"rank {rank} says: {why}" for rank, why in _last_words(run.path).items() if not why.startswith("PeerLost") and why != reason]
+    return "; ".join([reason or "failed", *said[:1]])
+
+
 def _speak_for_rank_0(run: Run, reason: str | None) -> None:
-    "A rank that fails because rank 0 was killed says so in its place."
+    "A rank that fails leaves a word for rank 0, and if rank 0 was killed says so in its place."
     with contextlib.suppress(OSError, ValueError):
         status = read_status(run.path) or {}
+        atomic_write(run.path / "logs" / f"rank-{run.rank}.failed", reason or "")
         if status.get("state") == "dead":
             write_json(run.path / "status.json", status | {"state": "failed", "reason": f"rank 0 was killed; rank {run.rank} says: {reason}"})
             (run.path / "lock").unlink(missing_ok=True)
@@ -317,8 +343,10 @@ def _choose_path(given: Mapping[str, Any], world: int) -> tuple[Path, str]:
 
 
 def _launch() -> str:
-    "What all processes of one launch have in common, and no other launch."
-    return ".".join(os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT", "SLURM_JOB_ID"))
+    "What all processes of one launch have in common, and no other launch: a plain `torchrun` has the same name and port every time, but not the same folder."
+    names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    errors, one_node = os.environ.get("TORCHELASTIC_ERROR_FILE", ""), os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    return ".".join([*(os.environ.get(name, "") for name in names), Path(errors).parents[2].name if one_node and errors.count("/") > 3 else ""])
 
 
 def _await_rank_0(path: Path, seconds: float = 300.0) -> dict[str, Any]:
@@ -386,8 +414,8 @@ def _cell_of(run: Run, lines: list[str]) -> list[str]:
     if interactive and time.monotonic() - run._cell_ended > 1.0:
         run._skipping = ""  # a person, who knows what he wants
         return lines
-    why, run._said = run._skipping if not run._said else "", True
-    return [f"print({why!r})\n" if why else "pass\n"]
+    run._said = run._said or list(lines)  # the kernel may ask twice for a cell
+    return [f"print({run._skipping!r})\n" if run._said == lines else "pass\n"]
 
 
 def _after_cell(run: Run, result: Any) -> None:

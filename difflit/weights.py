@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import SettingsError, nearest
-from .files import DownloadError, atomic_file, atomic_write, cache_folder, digest_file, download, read_json
+from .files import DownloadError, atomic_file, atomic_write, cache_folder, digest_file, download, join_shards, read_json
 from .glide import GLIDES, Glide, GlideConfig, config_from_dict
 from .models import load_weights, model_card, model_folder
 
@@ -34,6 +34,8 @@ class WeightsError(SettingsError):
 
 def _kind_of(path: Path) -> str:
     "\"zip\", \"safetensors\" or \"pickle\", by the first bytes. Raises `WeightsError` for what is none of them."
+    if path.is_dir() and any(path.glob("*.safetensors")):  # weights in pieces
+        return "safetensors"
     if not path.is_file():
         raise WeightsError(f"{path} is not there" if not path.exists() else f"{path} is no file")
     with open(path, "rb") as f:
@@ -81,8 +83,10 @@ def _is_script(path: Path) -> bool:
 
 
 def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    "Tensors and metadata of a safetensors file."
+    "Tensors and metadata of a safetensors file, or of a folder of shards."
     try:
+        if path.is_dir():
+            return join_shards(path), {}
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
@@ -308,8 +312,9 @@ def _card_beside(path: Path) -> dict[str, Any] | None:
     "The configuration that came with a file: in its header, or in the config.json of its folder."
     card: Any = None
     if _kind_of(path) == "safetensors":
-        with safe_open(path, framework="pt") as file:
-            card = json.loads((file.metadata() or {}).get("difflit", "null"))
+        if not path.is_dir():
+            with safe_open(path, framework="pt") as file:
+                card = json.loads((file.metadata() or {}).get("difflit", "null"))
         if card is None and (path.parent / "config.json").exists():
             card = read_json(path.parent / "config.json")
     if isinstance(card, dict) and card.get("family", "glide") != "glide":
@@ -341,7 +346,9 @@ def _file_of(path: Path, weights: str) -> Path:
     "The file that a path means: itself, or the weights in a folder of difflit."
     if path.is_dir():
         folder = model_folder(path)
-        path = next((f for f in (folder / f"{weights}.safetensors", folder / "model.safetensors") if f.exists()), folder / f"{weights}.safetensors")
+        files = [folder / f"{weights}.safetensors", folder / "model.safetensors"]
+        shards = [f for f in (folder / weights, folder / "model") if any(f.glob("*.safetensors"))]  # of a run with parallel=fsdp
+        path = next((f for f in files if f.exists()), [*shards, files[0]][0])
     elif not path.exists() and path.suffix not in (".pt", ".pth", ".ckpt", ".safetensors"):
         raise SettingsError(f"{path} is neither a file nor a folder, nor the name of published weights{nearest(str(path), OFFICIAL)}")
     _kind_of(path)
