@@ -270,8 +270,6 @@ class Tracker:
         self.columns, self.flush_every = ["step", *columns], flush_every
         self.folder = Path(folder) if folder is not None else None
         self.rows: list[dict[str, float]] = []  # for figures; of a very long run a growing part is left out here, never in the table
-        self.latest: list[dict[str, float]] = []  # what the last flush read
-        self.flushes = 0
         self._waiting: list[dict[str, Any]] = []
         self.table: CsvSink | None = None
         self.sinks: dict[str, Sink] = {}
@@ -359,7 +357,6 @@ def flush(
     "Read the waiting tensors and write their rows."
     rows, tracker._waiting = settle(tracker), []
     tracker.rows += rows
-    tracker.latest, tracker.flushes = rows, tracker.flushes + bool(rows)
     if len(tracker.rows) > MOST_ROWS:
         tracker.rows = [row for i, row in enumerate(tracker.rows) if i % 2 == 0 or "val_loss" in row]
     if rows and tracker.table:
