@@ -142,7 +142,7 @@ class Run:
         self.began = time.time()  # what a time limit is counted from
         self.earlier: str | None = None  # the settings that a resumed run had, should the new ones be refused
         self._status: dict[str, Any] = {"kind": kind, "preset": preset}
-        self._stop, self._write_lock = threading.Event(), threading.Lock()
+        self._stop, self._write_lock = threading.Event(), threading.RLock()  # a signal's last word may come in mid-write
         self._thread: threading.Thread | None = None
         self._signals: list[tuple[int, Any]] = []
         self._skipping, self._said, self._cell_ended = "", False, 0.0

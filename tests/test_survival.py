@@ -173,8 +173,8 @@ class Server:
 def server():
     made = Server()
     yield made
-    made.process.stdin.close()
-    made.process.wait(30)
+    made.process.kill()
+    made.process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -239,3 +239,349 @@ def test_killed_at_random_points(server, long, tmp_path, seed):
     assert read_status(tmp_path / "run")["state"] == "done"
     assert_same(long, tmp_path / "run")
     assert torn, "no kill fell into a save"
+
+
+# Signals
+
+WORDS = {"SIGINT": "interrupted", "SIGTERM": "SIGTERM: asked to end", "SIGUSR2": "SIGUSR2: the scheduler's warning"}
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_a_signal_ends_the_step_saves_and_leaves(server, whole, tmp_path, name):
+    """At step 5, which no regular checkpoint has."""
+    folder = tmp_path / "run"
+    assert server.whole(folder, {5: name}) == 0, server.log.read_text()
+    status = read_status(folder)
+    assert (status["state"], status["step"], status["reason"]) == ("preempted", 5, WORDS[name])
+    assert last_checkpoint(folder).name == "step-00000005" and not (folder / "lock").exists()
+    assert server.whole(folder, resume="auto") == 0, server.log.read_text()
+    assert read_status(folder)["state"] == "done" and read_status(folder)["reason"] is None
+    assert_same(whole, folder)
+
+
+def test_sigint_twice_stops_at_once(server, whole, tmp_path):
+    """The pause is longer than what counts as one keypress; the step is given up, and what was saved before stays whole."""
+    folder = tmp_path / "run"
+    assert server.whole(folder, {5: "SIGINT pause SIGINT sleep"}) == -signal.SIGINT
+    assert "KeyboardInterrupt" in server.log.read_text()
+    status = read_status(folder)
+    assert status["state"] == "preempted" and "twice" in status["reason"]
+    assert last_checkpoint(folder).name == "step-00000004"
+    assert server.whole(folder, resume="auto") == 0, server.log.read_text()
+    assert_same(whole, folder)
+
+
+def test_one_keypress_that_comes_twice_is_one(server, tmp_path):
+    """A launcher and a terminal both pass Ctrl-C on."""
+    assert server.whole(tmp_path / "run", {5: "SIGINT SIGINT"}) == 0
+    assert read_status(tmp_path / "run")["step"] == 5
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR2"])
+def test_a_step_that_outlasts_the_grace_is_given_up(server, whole, tmp_path, name):
+    folder, began = tmp_path / "run", time.monotonic()
+    assert server.whole(folder, {5: f"{name} sleep"}, grace_seconds=0.3) == 0, server.log.read_text()
+    assert time.monotonic() - began < 50, "it slept on"
+    status = read_status(folder)
+    assert status["state"] == "preempted" and "not finished within 0.3 s" in status["reason"] and name in status["reason"]
+    assert last_checkpoint(folder).name == "step-00000004"
+    assert server.whole(folder, resume="auto", grace_seconds=30) == 0, server.log.read_text()
+    assert_same(whole, folder)
+
+
+def test_a_signal_outside_the_loop_ends_the_process_with_a_word(server, tmp_path):
+    """Before the first step there is nothing to save."""
+    folder = tmp_path / "run"
+    pid = server.start(folder)
+    while not (read_status(folder) or {}).get("pid") == pid:
+        time.sleep(0.001)
+    os.kill(pid, signal.SIGTERM)
+    code = server.end()
+    status = read_status(folder)
+    assert status["state"] == "preempted" and "SIGTERM" in status["reason"], (code, status)
+    assert code in (0, -signal.SIGTERM)
+
+
+# Time limits and files
+
+
+def test_walltime_stops_before_it_is_over(server, tmp_path):
+    """Steps of half a second against eight seconds, of which five and the slowest steps stay free."""
+    folder, began = tmp_path / "run", time.time()
+    assert server.whole(folder, {step: "pause" for step in range(2, 200)}, walltime="8s", steps=200, checkpoint_every_steps=100) == 0, server.log.read_text()
+    assert time.time() - began < 30
+    status = read_status(folder)
+    assert status["state"] == "preempted" and status["reason"] == "the time limit is near"
+    assert last_checkpoint(folder).name == f"step-{status['step']:08d}" and 0 < status["step"] < 100
+
+
+def test_files_in_the_run_directory_are_orders(tmp_path):
+    """`checkpoint.now` saves at the next step and goes away; `stop.now` stops too."""
+    folder, seen = tmp_path / "run", []
+    opened = open_run({**MICRO, "run_dir": str(folder), "checkpoint_every_steps": 100, "steps": 200})
+    job = prepare(opened)
+    befallen = job.task.loss
+
+    def loss(model, batch):
+        step = job.state.step + 1
+        if step == 3:
+            (folder / "checkpoint.now").touch()
+        time.sleep(1.1 if step in (3, 4, 8) else 0)  # the folder is looked at once a second
+        seen.append((step, [p.name for p in (folder / "checkpoints").glob("step-*")], (folder / "checkpoint.now").exists()))
+        if step == 7:
+            (folder / "stop.now").touch()
+        return befallen(model, batch)
+
+    job.task.loss = loss
+    train_job(job, show=False)
+    saved = [step for step, names, _ in seen if names]
+    assert seen[-1][1][0] in ("step-00000003", "step-00000004") and saved[0] <= 6 and not seen[-1][2]
+    assert read_status(folder)["state"] == "preempted" and read_status(folder)["reason"] == "stop.now"
+    assert not (folder / "stop.now").exists() and job.state.step < 12 and last_checkpoint(folder).name == f"step-{job.state.step:08d}"
+
+
+# Memory
+
+
+@pytest.mark.parametrize("fits, parts", [(4, 2), (1, 8)])
+def test_out_of_memory_is_more_micro_batches(tmp_path, fits, parts):
+    """The same weights as a run that had so many from the beginning; a resume keeps them."""
+    asked = run(tmp_path / "asked", accumulate=parts)
+    MEMORY["samples"] = fits
+    found = run(tmp_path / "found")
+    assert found.state.parts == parts
+    np.testing.assert_array_equal(read_metrics(tmp_path / "found")["micro_batches"], [parts] * 8)
+    for key, value in asked.state.model.state_dict().items():
+        assert torch.equal(value, found.state.model.state_dict()[key]), key
+    run(tmp_path / "stopped", stop_after=5)
+    MEMORY.clear()
+    resumed = run(tmp_path / "stopped", resume="auto")
+    assert resumed.state.parts == parts
+    assert_same(tmp_path / "found", tmp_path / "stopped")
+
+
+def test_out_of_memory_in_mid_run_goes_on_with_the_same_batches(tmp_path):
+    """Rounding apart, the result is that of a run with memory enough."""
+    calm = run(tmp_path / "calm", lr=1e-4)
+    run(tmp_path / "run", stop_after=4, lr=1e-4)
+    MEMORY["samples"] = 2
+    found = run(tmp_path / "run", resume="auto")
+    table = read_metrics(tmp_path / "run")
+    np.testing.assert_array_equal(table["micro_batches"], [np.nan] * 4 + [4] * 4)
+    np.testing.assert_array_equal(table["loss"][:4], read_metrics(tmp_path / "calm")["loss"][:4])
+    assert found.state.position == calm.state.position == 64
+
+
+def test_the_last_resort_is_to_recompute_and_then_a_clear_end(tmp_path, caplog):
+    from difflit.training import OutOfMemory
+
+    MEMORY["samples"] = 0
+    with pytest.raises(OutOfMemory, match="step 1 does not fit into memory with one sample at a time and recomputed activations: choose a smaller image_size"):
+        run(tmp_path / "run")
+    log = (tmp_path / "run" / "logs" / "rank-0.log").read_text()
+    assert [n for n in (2, 4, 8) if f"again in {n} pieces" in log] == [2, 4, 8] and "activations are recomputed" in log
+
+
+def test_recomputed_activations_are_the_same_run(tmp_path):
+    """What is recomputed draws the same dropout, and a resume goes on recomputing."""
+    MEMORY["samples"], seen = 8, []
+    plain = run(tmp_path / "plain", accumulate=8)
+    opened = open_run({**MICRO, "run_dir": str(tmp_path / "run"), "accumulate": 8})
+    job = prepare(opened)
+    befallen = job.task.loss
+
+    def loss(model, batch):
+        if not model.config.checkpointing and not seen:
+            seen.append(1)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return befallen(model, batch)
+
+    job.task.loss = loss
+    train_job(job, show=False, stop_after=5)
+    finish(opened, "preempted")
+    assert job.state.recomputes and job.state.model.config.checkpointing
+    resumed = run(tmp_path / "run", resume="auto")
+    assert resumed.state.recomputes and resumed.state.model.config.checkpointing
+    for key, value in plain.state.model.state_dict().items():
+        torch.testing.assert_close(value, resumed.state.model.state_dict()[key], rtol=1e-4, atol=1e-5)
+
+
+# A picture that is no number
+
+
+def sick(step, place=3):
+    """The position of a sample of a step."""
+    return (step - 1) * MICRO["batch_size"] + place
+
+
+def test_a_nan_stops_the_run_and_names_the_sample(tmp_path):
+    from difflit.scaling import NonFiniteLoss
+
+    POISON[sick(5)] = 1
+    opened = open_run({**MICRO, "run_dir": str(tmp_path / "run")})
+    job = prepare(opened)
+    with pytest.raises(NonFiniteLoss) as caught:
+        train_job(job, show=False)
+    from difflit.runs import fail
+
+    fail(opened, caught.value)
+    reason = read_status(tmp_path / "run")["reason"]
+    name, caption = caught.value.ids[0], caught.value.captions[0]
+    assert name and name in reason and (caption in reason or caption[:20] in reason) and "step 5" in reason and "image" in reason
+    assert read_status(tmp_path / "run")["state"] == "failed"
+    dump = tmp_path / "run" / "broken" / "nonfinite-00000005-rank0"
+    batch = load_file(next(dump.glob("*.safetensors")))
+    assert not batch["image"][3].isfinite().all() and batch["image"][[0, 1, 2, 4, 5, 6, 7]].isfinite().all()
+    assert last_checkpoint(tmp_path / "run").name == "step-00000004"
+    run(tmp_path / "fine")
+    run(tmp_path / "run", resume="auto")  # POISON is used up
+    assert_same(tmp_path / "fine", tmp_path / "run")
+
+
+def test_a_nan_is_skipped(tmp_path):
+    POISON.update({sick(3): 1, sick(5): 1})
+    job = run(tmp_path / "run", on_nonfinite="skip")
+    assert job.state.step == 8 and job.state.recovery.used == 2
+    table = read_metrics(tmp_path / "run")
+    assert list(np.flatnonzero(np.isnan(table["loss"])) + 1) == [3, 5] and list(table["step"]) == list(range(1, 9))
+    assert all(v.isfinite().all() for v in job.state.model.state_dict().values())
+    POISON.update({sick(3): 1, sick(5): 1})
+    run(tmp_path / "again", on_nonfinite="skip", stop_after=5)
+    run(tmp_path / "again", resume="auto")
+    assert_same(tmp_path / "run", tmp_path / "again")
+
+
+def test_too_many_skips_fail(tmp_path):
+    from difflit.scaling import NonFiniteLoss
+
+    POISON.update({sick(step): 1 for step in (2, 3, 4)})
+    with pytest.raises(NonFiniteLoss, match="step 4") as caught:
+        run(tmp_path / "run", on_nonfinite="skip", recoveries=2)
+    assert "recovered 2 times by skip, of 2 allowed" in str(caught.value.__notes__)
+
+
+def test_a_nan_rolls_back_with_half_the_rate(tmp_path):
+    calm = run(tmp_path / "calm", lr_schedule="constant", warmup_steps=0)
+    POISON[sick(6)] = 1
+    job = run(tmp_path / "run", on_nonfinite="rollback", lr_schedule="constant", warmup_steps=0)
+    assert job.state.step == 8 and job.state.recovery.used == 1
+    assert [n for n in job.notes if "rolled back to step-00000004 with 0.5 of the learning rate (1 of 3 times)" in n], job.notes
+    table = read_metrics(tmp_path / "run")
+    assert list(table["step"]) == list(range(1, 9)) and np.isfinite(table["loss"]).all()
+    np.testing.assert_allclose(table["lr"], [2e-3] * 4 + [1e-3] * 4)
+    np.testing.assert_array_equal(table["loss"][:5], read_metrics(tmp_path / "calm")["loss"][:5])
+    assert table["loss"][5] != read_metrics(tmp_path / "calm")["loss"][5] and calm.state.position == job.state.position
+
+
+def test_a_rollback_that_does_not_help_fails_after_so_many(tmp_path):
+    from difflit.scaling import NonFiniteLoss
+
+    POISON[sick(6)] = 99
+    with pytest.raises(NonFiniteLoss, match="step 6") as caught:
+        run(tmp_path / "run", on_nonfinite="rollback", recoveries=2)
+    assert POISON[sick(6)] == 96 and "recovered 2 times by rollback, of 2 allowed" in str(caught.value.__notes__)
+
+
+def test_a_rollback_before_the_first_checkpoint_says_so(tmp_path):
+    POISON[sick(1)] = 1
+    with pytest.raises(TrainingError, match="no checkpoint to roll back to"):
+        run(tmp_path / "run", on_nonfinite="rollback")
+
+
+# Early ends, what stays, averages
+
+
+def test_early_stopping_is_an_end_and_survives_a_resume(tmp_path):
+    """Nothing improves by 99 %: the first measurement is the best, and two more are waited for."""
+    given = {"early_stop": "val_loss", "patience": 2, "improvement": 0.99, "validate_every_steps": 2, "steps": 20, "sample_every_steps": 100}
+    job = run(tmp_path / "whole", **given)
+    status = read_status(tmp_path / "whole")
+    assert status["state"] == "done" and job.state.step == 6
+    assert "early stopping: val_loss has not improved for 2 measurements" in status["reason"]
+    assert last_checkpoint(tmp_path / "whole").name == "step-00000006" and (tmp_path / "whole" / "samples" / "step-00000006.png").exists()
+    run(tmp_path / "run", stop_after=5, **given)
+    run(tmp_path / "run", resume="auto")
+    assert read_status(tmp_path / "run")["state"] == "done"
+    assert_same(tmp_path / "whole", tmp_path / "run")
+
+
+def test_the_best_and_the_round_ones_stay(tmp_path):
+    """Of checkpoints at 2, 4, … 12: the newest, those that 6 divides, and the two of the lowest loss."""
+    given = {"steps": 12, "keep_checkpoints": 1, "keep_every_steps": 6, "keep_best": 2, "validate_every_steps": 2, "sample_every_steps": 100}
+    run(tmp_path / "run", **given)
+    table = read_metrics(tmp_path / "run")
+    scored = sorted((loss, -int(step)) for step, loss in zip(table["step"], table["val_loss"]) if np.isfinite(loss))
+    expected = {6, 12} | {-step for _, step in scored[:2]}
+    kept = {int(p.name[5:]) for p in (tmp_path / "run" / "checkpoints").glob("step-*")}
+    assert kept == expected
+    run(tmp_path / "up", **{**given, "best_by": "+val_loss"})
+    worst = {-step for _, step in sorted((-loss, step) for loss, step in scored)[:2]}
+    assert {int(p.name[5:]) for p in (tmp_path / "up" / "checkpoints").glob("step-*")} == {6, 12} | worst
+
+
+def test_any_average_afterwards(tmp_path):
+    """A width that was tracked comes back, one that was not loads into the network."""
+    from difflit.averaging import reconstruct
+
+    job = run(tmp_path / "run", averages="power:0.05,power:0.1", snapshot_every_steps=2)
+    kept = {a.name: a for a in job.state.averages}
+    assert set(kept) == {"ema", "power-0.05", "power-0.1"}
+    again = reconstruct(tmp_path / "run" / "snapshots", 0.1)
+    for key, value in kept["power-0.1"].model.state_dict().items():
+        torch.testing.assert_close(again[key], value, rtol=1e-5, atol=1e-6)
+    other = reconstruct(tmp_path / "run" / "snapshots", 0.07)
+    job.state.model.load_state_dict(other)
+    assert any(not torch.equal(other[k], again[k]) for k in again)
+    run(tmp_path / "stopped", averages="power:0.05,power:0.1", snapshot_every_steps=2, stop_after=3)
+    run(tmp_path / "stopped", resume="auto")
+    assert_same(tmp_path / "run", tmp_path / "stopped")
+    for file in (tmp_path / "run" / "snapshots").iterdir():
+        assert file.read_bytes() == (tmp_path / "stopped" / "snapshots" / file.name).read_bytes()
+
+
+def test_an_average_on_the_cpu_is_the_same(tmp_path):
+    one, two = run(tmp_path / "same"), run(tmp_path / "cpu", ema_device="cpu")
+    for key, value in one.state.ema.model.state_dict().items():
+        assert torch.equal(value, two.state.ema.model.state_dict()[key]), key
+
+
+# All formats, optimizers, schedules and losses
+
+CASES = [
+    ("fp32", "adamw", "constant", ""),
+    ("bf16", "adafactor", "linear", "huber=0.5"),
+    ("fp16", "sgd", "cosine", "adversarial=0.01"),
+    ("pure-bf16", "muon", "cosine-restarts", "perceptual:filters=0.1"),
+    ("bf16-master", "lion", "step", "l1=0.1"),
+    ("fp16-master", "prodigy", "inverse-sqrt", "huber"),
+    ("fp32", "schedulefree-adamw", "one-cycle", "adversarial=0.01,perceptual=0.1"),
+    ("bf16", "adamw", "plateau", "task=0.5,huber=1"),
+    ("fp16", "adamw", "linear", ""),
+    ("pure-bf16", "adamw", "cosine", ""),
+    ("bf16-master", "sgd", "plateau", "adversarial"),
+]
+NEEDS = {"muon": "pytorch_optimizer", "lion": "pytorch_optimizer", "prodigy": "prodigyopt", "schedulefree-adamw": "schedulefree"}
+
+
+@pytest.mark.parametrize("precision, optimizer, schedule, terms", CASES)
+def test_everything_resumes(tmp_path, precision, optimizer, schedule, terms):
+    """Six steps at once, or three of them after a stop: the same bits."""
+    if optimizer in NEEDS:
+        pytest.importorskip(NEEDS[optimizer])
+    given = {"precision": precision, "optimizer": optimizer, "lr_schedule": schedule, "loss_terms": terms, "steps": 6, "validate_every_steps": 1,
+             "sample_every_steps": 6, "averages": "power:0.1", "warmup_steps": 1, "lr": 1.0 if optimizer == "prodigy" else 1e-3, "loss_scale": 65536.0}
+    given |= {"lr_options": "patience: 0, threshold: 0.5"} if schedule == "plateau" else {}
+    given |= {"lr_scales": "all=1"} if optimizer == "prodigy" else {}
+    whole = run(tmp_path / "whole", **given)
+    before = prepare_weights(tmp_path / "before", given)
+    assert any(not torch.equal(v, before[k]) for k, v in whole.state.model.state_dict().items()), "nothing was learnt"
+    run(tmp_path / "run", stop_after=3, **given)
+    run(tmp_path / "run", resume="auto")
+    assert_same(tmp_path / "whole", tmp_path / "run")
+
+
+def prepare_weights(folder, given):
+    opened = open_run({**MICRO, **given, "run_dir": str(folder)})
+    job = prepare(opened)
+    finish(opened, "pruned")
+    return job.state.model.state_dict()
