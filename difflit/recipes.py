@@ -882,6 +882,8 @@ def _train(job: TrainingJob, live: LiveView | None, stop_after: int | None) -> N
             with _open_loader(job) as loader, job.stopper:
                 train(job.state, job.task, loader, tracker=job.tracker, hooks=job_hooks(job, live), stopper=job.stopper, save=save,
                       observe=partial(_observe, job), stop_after=stop_after, **options)
+                if job.writer is not None:  # while signals are still heard: a scheduler's second one must not end the save that its first one asked for
+                    job.writer.wait()
             return
         except (NonFiniteLoss, OverflowLimit, TrainingError) as error:
             _roll_back(job, error)
@@ -908,8 +910,6 @@ def train_job(
         _train(job, live, stop_after)
         if job.state.step < job.steps and job.state.stopped and not job.state.stopped.startswith("early stopping"):
             stopped = job.state.stopped
-        if job.writer is not None:
-            job.writer.wait()
     except (OutOfTime, KeyboardInterrupt) as error:
         _preempted(job, str(error) or "interrupted twice: the steps since the last checkpoint are lost")
         if isinstance(error, KeyboardInterrupt):

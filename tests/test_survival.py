@@ -587,3 +587,121 @@ def prepare_weights(folder, given):
     job = prepare(opened)
     finish(opened, "pruned")
     return job.state.model.state_dict()
+
+
+# In a notebook, under papermill
+
+NOTEBOOK = {"steps": 40, "image_size": 16, "limit": 64, "batch_size": 4, "score_images": 0, "sampler_steps": 1, "validation_images": 4, "precision": "fp32",
+            "workers": 0, "trackers": "none", "checkpoint_every_steps": 4, "validate_every_steps": 20, "sample_every_steps": 40}
+
+
+def papermill(run_folder, report, **given):
+    """The run notebook as a user starts it, under way."""
+    words = [w for k, v in {**({} if "resume" in given else NOTEBOOK), **given, "run_dir": run_folder}.items() for w in ("-p", k, str(v))]
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(HERE.parent / "nbs" / "train.ipynb"), str(report), *words]
+    return subprocess.Popen(command, cwd=report.parent, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+
+
+def texts(report):
+    """Each code cell's first line, and what it showed as text."""
+    found = []
+    for cell in json.loads(report.read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            said = ["".join(o.get("text", "")) or "".join(o.get("data", {}).get("text/plain", "")) for o in cell["outputs"]]
+            found.append(("".join(cell["source"]), [o["output_type"] for o in cell["outputs"]], said))
+    return found
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow), pytest.param("SIGUSR2", marks=pytest.mark.slow)])
+def test_a_stopped_notebook_is_a_report_and_goes_on(server, tmp_path, name):
+    """The kernel gets the signal in the middle of the training cell; what comes after is skipped, with one sentence; resume=auto ends the run."""
+    folder = tmp_path / "run"
+    child = papermill(folder, tmp_path / "report.ipynb")
+    while child.poll() is None and not (folder / "checkpoints" / "step-00000004").exists():
+        time.sleep(0.05)
+    kernel = read_status(folder)["pid"]
+    assert f"\nPPid:\t{child.pid}\n" in Path(f"/proc/{kernel}/status").read_text(), "papermill's own child"
+    os.kill(kernel, signal.Signals[name])
+    assert child.wait(300) == 0, child.stderr.read()[-3000:]
+    status = read_status(folder)
+    assert (status["state"], status["reason"]) == ("preempted", WORDS[name]) and 4 <= status["step"] < 40
+    cells = texts(tmp_path / "report.ipynb")
+    at = next(i for i, (source, _, _) in enumerate(cells) if "train_job(job)" in source)
+    assert not any("error" in kinds for _, kinds, _ in cells)
+    later = [said for _, _, said in cells[at + 1 :]]
+    assert "".join(later[0]).startswith(f"Stopped after step {status['step']} of 40: {WORDS[name]}.") and "resume=auto" in "".join(later[0])
+    assert not any(later[1:]), "one sentence is enough"
+    done = papermill(folder, tmp_path / "report.1.ipynb", resume="auto")
+    assert done.wait(600) == 0, done.stderr.read()[-3000:]
+    assert read_status(folder)["state"] == "done" and read_status(folder)["step"] == 40
+    assert all(said for source, _, said in texts(tmp_path / "report.1.ipynb") if "samples_figure" in source)
+    assert server.whole(tmp_path / "whole", **{**NOTEBOOK, "model": "tiny", "task": "auto", "statistics_every_steps": 10}) == 0, server.log.read_text()
+    assert_same(folder, tmp_path / "whole")
+
+
+# What a user registers
+
+
+@pytest.fixture
+def own():
+    """A loss, a metric, a tracker, an optimizer and a schedule of one's own; they are gone afterwards."""
+    from difflit.losses import LOSS_TERMS, loss_term
+    from difflit.optimizers import OPTIMIZERS, SCHEDULES, optimizer, schedule
+    from difflit.tracking import METRICS, SINKS, Sink, metric, sink
+
+    @loss_term("brightness")
+    def brightness(predicted, true, times, batch):
+        """How far the mean brightness is off."""
+        return (predicted.mean((1, 2, 3)) - true.mean((1, 2, 3))).square()
+
+    @metric("half_step", every_steps=2)
+    def half_step(state, losses):
+        return state.step / 2
+
+    @sink("list")
+    class Listed(Sink):
+        rows: list = []
+
+        def __init__(self, folder, last_step=0, prefix=""):
+            self.prefix = prefix
+
+        def log(self, rows):
+            Listed.rows += [{self.prefix + k: v for k, v in row.items()} for row in rows]
+
+    @optimizer("signs", momentum=0.5)
+    class Signs(torch.optim.Optimizer):
+        def __init__(self, params, lr=1e-3, weight_decay=0.0, momentum=0.9):
+            super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for p in (p for p in group["params"] if p.grad is not None):
+                    mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+                    mean.mul_(group["momentum"]).add_(p.grad, alpha=1 - group["momentum"])
+                    p.sub_(mean.sign(), alpha=group["lr"])
+
+    @schedule("sawtooth")
+    def sawtooth(step, steps, warmup, teeth=2):
+        return 1.0 - (step - 1) % (steps // teeth) / (steps // teeth)
+
+    yield Listed
+    for registry, name in ((LOSS_TERMS, "brightness"), (METRICS, "half_step"), (SINKS, "list"), (OPTIMIZERS, "signs"), (SCHEDULES, "sawtooth")):
+        registry.pop(name)
+
+
+def test_what_a_user_registers_is_used_by_name(own, tmp_path):
+    """By the names of settings, and through a stop and a resume."""
+    given = {"loss_terms": "brightness=0.5", "trackers": "list:prefix=my-", "optimizer": "signs", "lr_schedule": "sawtooth", "lr_options": "teeth: 4",
+             "warmup_steps": 0, "optimizer_options": "momentum: 0.25"}
+    job = run(tmp_path / "run", **given)
+    table = read_metrics(tmp_path / "run")
+    assert np.isfinite(table["loss_brightness"]).all() and (table["loss_brightness"] > 0).all()
+    np.testing.assert_allclose(table["loss"], table["raw_loss"] + 0.5 * table["loss_brightness"], rtol=1e-5)
+    np.testing.assert_allclose(table["lr"], [2e-3, 1e-3] * 4)
+    np.testing.assert_array_equal(table["half_step"], [np.nan, 0.5, np.nan, 1.5, np.nan, 2.5, np.nan, 3.5])
+    assert [row["my-step"] for row in own.rows] == list(range(1, 9)) and "my-loss" in own.rows[0]
+    assert {group["momentum"] for group in job.state.optimizer.param_groups} == {0.25} and type(job.state.optimizer).__name__ == "Signs"
+    run(tmp_path / "stopped", stop_after=5, **given)
+    run(tmp_path / "stopped", resume="auto")
+    assert_same(tmp_path / "run", tmp_path / "stopped")
