@@ -894,6 +894,7 @@ def _train(job: TrainingJob, live: LiveView | None, stop_after: int | None) -> N
 def _preempted(job: TrainingJob, reason: str) -> None:
     "Say that the run was stopped before its end, and how it goes on."
     how = f"run_dir={job.run.path} and resume=auto"
+    job.run.note(step=job.state.step)
     finish(job.run, "preempted", reason)
     skip_later_cells(job.run, f"Stopped after step {job.state.step} of {job.steps}: {reason}. The cells from here on were skipped; the run goes on with {how}.")
 

@@ -235,17 +235,17 @@ def _begin(run: Run) -> None:
     (run.path / "logs").mkdir(exist_ok=True)
     if run.main:
         _take_lock(run.path)
-    run.update(state="running", reason=None, host=socket.gethostname(), pid=os.getpid(), started=datetime.now().astimezone().isoformat(timespec="seconds"))
     handler = logging.FileHandler(run.path / "logs" / f"rank-{run.rank}.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     run._handler = handler  # type: ignore[attr-defined]
     logger = logging.getLogger("difflit")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+    _take_signals(run)  # before anybody can read that it runs
+    run.update(state="running", reason=None, host=socket.gethostname(), pid=os.getpid(), started=datetime.now().astimezone().isoformat(timespec="seconds"))
     run._thread = threading.Thread(target=_beat, args=(run,), daemon=True, name="difflit heartbeat")
     run._thread.start()
     atexit.register(_at_exit, run)
-    _take_signals(run)
 
 # %% ../nbs/03_runs.ipynb #da979e39
 def _end(run: Run, state: str, reason: str | None) -> None:

@@ -1,7 +1,6 @@
 """Runs that are killed, stopped, starved or poisoned end as runs that were left alone: to the bit."""
 
 import json
-import logging
 import os
 import random
 import signal
@@ -10,6 +9,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +85,7 @@ def calm():
         trouble.clear()
 
 
-def run(folder, stop_after=None, state=None, **given):
+def run(folder, stop_after=None, **given):
     """Train in this process; the job."""
     opened = open_run({**({} if given.get("resume") else MICRO), "run_dir": str(folder), **given})
     try:
@@ -245,10 +245,16 @@ def test_killed_at_random_points(server, long, tmp_path, seed):
 
 # Signals
 
+
+def lasted(status):
+    """Seconds from a run's first word to its last."""
+    return (datetime.fromisoformat(status["ended"]) - datetime.fromisoformat(status["started"])).total_seconds()
+
+
 WORDS = {"SIGINT": "interrupted", "SIGTERM": "SIGTERM: asked to end", "SIGUSR2": "SIGUSR2: the scheduler's warning"}
 
 
-@pytest.mark.parametrize("name", WORDS)
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", pytest.param("SIGUSR2", marks=pytest.mark.slow)])
 def test_a_signal_ends_the_step_saves_and_leaves(server, whole, tmp_path, name):
     """At step 5, which no regular checkpoint has."""
     folder = tmp_path / "run"
@@ -267,7 +273,7 @@ def test_sigint_twice_stops_at_once(server, whole, tmp_path):
     assert server.whole(folder, {5: "SIGINT pause SIGINT sleep"}) == -signal.SIGINT
     assert "KeyboardInterrupt" in server.log.read_text()
     status = read_status(folder)
-    assert status["state"] == "preempted" and "twice" in status["reason"]
+    assert status["state"] == "preempted" and status["step"] == 4 and "twice" in status["reason"]
     assert last_checkpoint(folder).name == "step-00000004"
     assert server.whole(folder, resume="auto") == 0, server.log.read_text()
     assert_same(whole, folder)
@@ -279,13 +285,13 @@ def test_one_keypress_that_comes_twice_is_one(server, tmp_path):
     assert read_status(tmp_path / "run")["step"] == 5
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR2"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGUSR2", marks=pytest.mark.slow)])
 def test_a_step_that_outlasts_the_grace_is_given_up(server, whole, tmp_path, name):
-    folder, began = tmp_path / "run", time.monotonic()
+    folder = tmp_path / "run"
     assert server.whole(folder, {5: f"{name} sleep"}, grace_seconds=0.3) == 0, server.log.read_text()
-    assert time.monotonic() - began < 50, "it slept on"
     status = read_status(folder)
-    assert status["state"] == "preempted" and "not finished within 0.3 s" in status["reason"] and name in status["reason"]
+    assert lasted(status) < 60, "it slept on"
+    assert status["state"] == "preempted" and status["step"] == 4 and "not finished within 0.3 s" in status["reason"] and name in status["reason"]
     assert last_checkpoint(folder).name == "step-00000004"
     assert server.whole(folder, resume="auto", grace_seconds=30) == 0, server.log.read_text()
     assert_same(whole, folder)
@@ -308,12 +314,11 @@ def test_a_signal_outside_the_loop_ends_the_process_with_a_word(server, tmp_path
 
 
 def test_walltime_stops_before_it_is_over(server, tmp_path):
-    """Steps of half a second against eight seconds, of which five and the slowest steps stay free."""
-    folder, began = tmp_path / "run", time.time()
-    assert server.whole(folder, {step: "pause" for step in range(2, 200)}, walltime="8s", steps=200, checkpoint_every_steps=100) == 0, server.log.read_text()
-    assert time.time() - began < 30
+    """Steps of half a second against twelve seconds, of which five and two of the slowest steps stay free."""
+    folder = tmp_path / "run"
+    assert server.whole(folder, {step: "pause" for step in range(2, 200)}, walltime="12s", steps=200, checkpoint_every_steps=100) == 0, server.log.read_text()
     status = read_status(folder)
-    assert status["state"] == "preempted" and status["reason"] == "the time limit is near"
+    assert status["state"] == "preempted" and status["reason"] == "the time limit is near" and lasted(status) < 12
     assert last_checkpoint(folder).name == f"step-{status['step']:08d}" and 0 < status["step"] < 100
 
 
@@ -345,7 +350,7 @@ def test_files_in_the_run_directory_are_orders(tmp_path):
 # Memory
 
 
-@pytest.mark.parametrize("fits, parts", [(4, 2), (1, 8)])
+@pytest.mark.parametrize("fits, parts", [(4, 2), pytest.param(1, 8, marks=pytest.mark.slow)])
 def test_out_of_memory_is_more_micro_batches(tmp_path, fits, parts):
     """The same weights as a run that had so many from the beginning; a resume keeps them."""
     asked = run(tmp_path / "asked", accumulate=parts)
@@ -374,7 +379,7 @@ def test_out_of_memory_in_mid_run_goes_on_with_the_same_batches(tmp_path):
     assert found.state.position == calm.state.position == 64
 
 
-def test_the_last_resort_is_to_recompute_and_then_a_clear_end(tmp_path, caplog):
+def test_the_last_resort_is_to_recompute_and_then_a_clear_end(tmp_path):
     from difflit.training import OutOfMemory
 
     MEMORY["samples"] = 0
@@ -551,16 +556,16 @@ def test_an_average_on_the_cpu_is_the_same(tmp_path):
 
 CASES = [
     ("fp32", "adamw", "constant", ""),
-    ("bf16", "adafactor", "linear", "huber=0.5"),
+    pytest.param("bf16", "adafactor", "linear", "huber=0.5", marks=pytest.mark.slow),
     ("fp16", "sgd", "cosine", "adversarial=0.01"),
     ("pure-bf16", "muon", "cosine-restarts", "perceptual:filters=0.1"),
-    ("bf16-master", "lion", "step", "l1=0.1"),
+    pytest.param("bf16-master", "lion", "step", "l1=0.1", marks=pytest.mark.slow),
     ("fp16-master", "prodigy", "inverse-sqrt", "huber"),
     ("fp32", "schedulefree-adamw", "one-cycle", "adversarial=0.01,perceptual=0.1"),
     ("bf16", "adamw", "plateau", "task=0.5,huber=1"),
-    ("fp16", "adamw", "linear", ""),
-    ("pure-bf16", "adamw", "cosine", ""),
-    ("bf16-master", "sgd", "plateau", "adversarial"),
+    pytest.param("fp16", "adamw", "linear", "", marks=pytest.mark.slow),
+    pytest.param("pure-bf16", "adamw", "cosine", "", marks=pytest.mark.slow),
+    pytest.param("bf16-master", "sgd", "plateau", "adversarial", marks=pytest.mark.slow),
 ]
 NEEDS = {"muon": "pytorch_optimizer", "lion": "pytorch_optimizer", "prodigy": "prodigyopt", "schedulefree-adamw": "schedulefree"}
 
