@@ -241,7 +241,8 @@ class SurvivalSettings(OptimizerSettings):
     parallel: Literal["ddp", "fsdp"] = Field("ddp", description="several processes: each holds the whole network, or a part of each weight")
     sync: Literal["after", "overlap"] = Field("after", description="exchange gradients after the backward pass (survives lack of memory), or during it")
     timeout_seconds: float = Field(1800.0, gt=0, description="longest silence of another process before the run fails")
-    trackers: Annotated[str, "none"] = Field("tensorboard", description="where metrics go besides metrics.csv, comma between: tensorboard, jsonl, wandb, prometheus, none")
+    trackers: Annotated[str, "none"] = Field(
+        "tensorboard", description="where metrics go besides metrics.csv, comma between: tensorboard, jsonl, wandb, prometheus, none")
     statistics_every_steps: int = Field(10, ge=0, description="gradient and weight norms by part of the network; 0: never")
 
 
