@@ -145,7 +145,7 @@ class Run:
         self._stop, self._write_lock = threading.Event(), threading.RLock()  # a signal's last word may come in mid-write
         self._thread: threading.Thread | None = None
         self._signals: list[tuple[int, Any]] = []
-        self._skipping, self._said, self._cell_ended = "", False, 0.0
+        self._skipping, self._said_in, self._cell_ended = "", "", 0.0
 
     @property
     def main(self) -> bool:
@@ -380,14 +380,15 @@ def skip_later_cells(
 
 def _cell_of(run: Run, lines: list[str]) -> list[str]:
     "A cell as it is to be run."
-    if not run._skipping or not "".join(lines).strip():
+    text = "".join(lines)
+    if not run._skipping or not text.strip() or text == f"print({run._skipping!r})\n":
         return lines
     interactive = not any(word in " ".join(_command()) for word in ("papermill", "nbconvert", "nbclient", "execute"))
     if interactive and time.monotonic() - run._cell_ended > 1.0:
         run._skipping = ""  # a person, who knows what he wants
         return lines
-    why, run._said = run._skipping if not run._said else "", True
-    return [f"print({why!r})\n" if why else "pass\n"]
+    run._said_in = run._said_in or text  # kernels ask for a cell more than once before they run it: the same cell gets the same answer
+    return [f"print({run._skipping!r})\n" if text == run._said_in else "pass\n"]
 
 
 def _after_cell(run: Run, result: Any) -> None:
