@@ -254,6 +254,7 @@ def _end(run: Run, state: str, reason: str | None) -> None:
         return
     run._stop.set()
     _give_signals_back(run)
+    reason = reason or run._status.get("reason")  # an early end has been given its reason already
     logging.getLogger("difflit").info("%s%s", state, f": {reason}" if reason else "")
     run.update(state=state, reason=reason, ended=datetime.now().astimezone().isoformat(timespec="seconds"))
     if run.main:
