@@ -18,7 +18,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -63,7 +63,7 @@ def _says_nothing(
     if field is None:
         return ()
     empty = ("",) if field.annotation is str and field.default == "" else ()
-    return empty + tuple(word for word in get_args(field.annotation) if word == "none")
+    return empty + tuple(word for word in (*get_args(field.annotation), *field.metadata) if word == "none")
 
 
 class Settings(BaseModel):
@@ -241,7 +241,8 @@ class SurvivalSettings(OptimizerSettings):
     parallel: Literal["ddp", "fsdp"] = Field("ddp", description="several processes: each holds the whole network, or a part of each weight")
     sync: Literal["after", "overlap"] = Field("after", description="exchange gradients after the backward pass (survives lack of memory), or during it")
     timeout_seconds: float = Field(1800.0, gt=0, description="longest silence of another process before the run fails")
-    trackers: str = Field("tensorboard", description="where metrics go besides metrics.csv, comma between: tensorboard, jsonl, wandb, prometheus, none")
+    trackers: Annotated[str, "none"] = Field(
+        "tensorboard", description="where metrics go besides metrics.csv, comma between: tensorboard, jsonl, wandb, prometheus, none")
     statistics_every_steps: int = Field(10, ge=0, description="gradient and weight norms by part of the network; 0: never")
 
 

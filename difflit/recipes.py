@@ -893,6 +893,8 @@ def _train(job: TrainingJob, live: LiveView | None, stop_after: int | None) -> N
             with _open_loader(job) as loader, job.stopper:
                 train(job.state, job.task, loader, tracker=job.tracker, hooks=job_hooks(job, live), stopper=job.stopper, save=save,
                       observe=partial(_observe, job), stop_after=stop_after, **options)
+                if job.writer is not None:  # while signals are still heard: a scheduler's second one must not end the save that its first one asked for
+                    job.writer.wait()
             return
         except (NonFiniteLoss, OverflowLimit, TrainingError) as error:
             _roll_back(job, error)
@@ -903,6 +905,7 @@ def _train(job: TrainingJob, live: LiveView | None, stop_after: int | None) -> N
 def _preempted(job: TrainingJob, reason: str) -> None:
     "Say that the run was stopped before its end, and how it goes on."
     how = f"run_dir={job.run.path} and resume=auto"
+    job.run.note(step=job.state.step)
     finish(job.run, "preempted", reason)
     skip_later_cells(job.run, f"Stopped after step {job.state.step} of {job.steps}: {reason}. The cells from here on were skipped; the run goes on with {how}.")
 
@@ -919,8 +922,6 @@ def train_job(
         _train(job, live, stop_after)
         if job.state.step < job.steps and job.state.stopped and not job.state.stopped.startswith("early stopping"):
             stopped = job.state.stopped
-        if job.writer is not None:
-            job.writer.wait()
     except (OutOfTime, KeyboardInterrupt) as error:
         _preempted(job, str(error) or "interrupted twice: the steps since the last checkpoint are lost")
         if isinstance(error, KeyboardInterrupt):

@@ -154,11 +154,10 @@ class Run:
         self.began = time.time()  # what a time limit is counted from
         self.earlier: str | None = None  # the settings that a resumed run had, should the new ones be refused
         self._status: dict[str, Any] = {"kind": kind, "preset": preset}
-        self._stop, self._write_lock = threading.Event(), threading.Lock()
+        self._stop, self._write_lock = threading.Event(), threading.RLock()  # a signal's last word may come in mid-write
         self._thread: threading.Thread | None = None
         self._signals: list[tuple[int, Any]] = []
-        self._skipping, self._cell_ended = "", 0.0
-        self._said: list[str] | None = None  # the cell that says why the later ones are skipped
+        self._skipping, self._said_in, self._cell_ended = "", "", 0.0
 
     @property
     def main(self) -> bool:
@@ -252,17 +251,17 @@ def _begin(run: Run) -> None:
         _take_lock(run.path)
         for old in (run.path / "logs").glob("rank-*.failed"):
             old.unlink(missing_ok=True)
-    run.update(state="running", reason=None, host=socket.gethostname(), pid=os.getpid(), started=datetime.now().astimezone().isoformat(timespec="seconds"))
     handler = logging.FileHandler(run.path / "logs" / f"rank-{run.rank}.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     run._handler = handler  # type: ignore[attr-defined]
     logger = logging.getLogger("difflit")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+    _take_signals(run)  # before anybody can read that it runs
+    run.update(state="running", reason=None, host=socket.gethostname(), pid=os.getpid(), started=datetime.now().astimezone().isoformat(timespec="seconds"))
     run._thread = threading.Thread(target=_beat, args=(run,), daemon=True, name="difflit heartbeat")
     run._thread.start()
     atexit.register(_at_exit, run)
-    _take_signals(run)
 
 # %% ../nbs/03_runs.ipynb #da979e39
 def _end(run: Run, state: str, reason: str | None) -> None:
@@ -271,6 +270,7 @@ def _end(run: Run, state: str, reason: str | None) -> None:
         return
     run._stop.set()
     _give_signals_back(run)
+    reason = reason or run._status.get("reason")  # an early end has been given its reason already
     if run.main and state == "failed":
         reason = _with_words(run, reason)
     logging.getLogger("difflit").info("%s%s", state, f": {reason}" if reason else "")
@@ -408,14 +408,15 @@ def skip_later_cells(
 
 def _cell_of(run: Run, lines: list[str]) -> list[str]:
     "A cell as it is to be run."
-    if not run._skipping or not "".join(lines).strip():
+    text = "".join(lines)
+    if not run._skipping or not text.strip() or text == f"print({run._skipping!r})\n":
         return lines
     interactive = not any(word in " ".join(_command()) for word in ("papermill", "nbconvert", "nbclient", "execute"))
     if interactive and time.monotonic() - run._cell_ended > 1.0:
         run._skipping = ""  # a person, who knows what he wants
         return lines
-    run._said = run._said or list(lines)  # the kernel may ask twice for a cell
-    return [f"print({run._skipping!r})\n" if run._said == lines else "pass\n"]
+    run._said_in = run._said_in or text  # kernels ask for a cell more than once before they run it: the same cell gets the same answer
+    return [f"print({run._skipping!r})\n" if text == run._said_in else "pass\n"]
 
 
 def _after_cell(run: Run, result: Any) -> None:

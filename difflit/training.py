@@ -381,6 +381,8 @@ def train(
             _record_step(state, tracker, row, loop, began, fetched)
         stopper.slowest_step_seconds = max(stopper.slowest_step_seconds, time.perf_counter() - began) if state.step > 1 else 0.0
         _call_hooks(state, hooks, loop, tracker, observe)
+        if state.ranks.alone:  # nobody to agree with: what was asked in the middle of this step, or of a hook, is obeyed at its end
+            wanted = max(wanted, stopper.asked().code)
         if wanted:
             _obey(state, wanted, stopper, save, tracker)
     return state
