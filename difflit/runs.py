@@ -414,8 +414,9 @@ def _cell_of(run: Run, lines: list[str]) -> list[str]:
     if interactive and time.monotonic() - run._cell_ended > 1.0:
         run._skipping = ""  # a person, who knows what he wants
         return lines
-    run._said = run._said or list(lines)  # the kernel may ask twice for a cell
-    return [f"print({run._skipping!r})\n" if run._said == lines else "pass\n"]
+    sentence = f"print({run._skipping!r})\n"
+    run._said = run._said or list(lines)
+    return [sentence if lines in (run._said, [sentence]) else "pass\n"]  # the kernel may ask twice for a cell, or for what was made of it
 
 
 def _after_cell(run: Run, result: Any) -> None:
