@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['LATENT_PARTS', 'LORA_TARGETS', 'quicken', 'trainable_parts', 'add_lora', 'build_latent', 'lora_state', 'save_lora',
-           'load_lora', 'merge_lora', 'add_cross_attention', 'replace_cross_attention', 'gradient_checkpointing',
-           'qk_gradients']
+           'load_lora', 'merge_lora', 'add_cross_attention', 'replace_cross_attention', 'gradient_checkpointing']
 
 # %% ../nbs/33_adapters.ipynb #4e9e02c7
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from .config import SettingsError, nearest
-from .glide import AttentionBlock, _no_autocast, attend, film_norm
+from .glide import _no_autocast, attend, film_norm
 from .latent import LatentConfig, LatentDenoiser, adapt_text, unused_parameters
 
 # %% ../nbs/33_adapters.ipynb #a28643ff
@@ -367,26 +366,3 @@ def gradient_checkpointing(
         else:  # before transformers 5.20
             getattr(encoder.model, f"gradient_checkpointing_{'enable' if on else 'disable'}")()
     return model
-
-# %% ../nbs/33_adapters.ipynb #2ed8cd20
-def _query_key_gradients(model: nn.Module) -> Iterator[Tensor]:
-    "Gradients of the weights that make queries and keys."
-    for name, module in model.named_modules():
-        if isinstance(module, AttentionBlock):
-            own, words = module.qkv.weight.grad, module.encoder_kv.weight.grad
-            if own is not None:
-                yield own.view(module.heads, 3, -1)[:, :2]
-            if words is not None:
-                yield words.view(module.heads, 2, -1)[:, :1]
-        elif name.endswith((".to_q", ".to_k")):
-            yield from (p.grad for p in module.parameters() if p.grad is not None and p.ndim > 1)
-
-
-def qk_gradients(
-    model: nn.Module,  # after a backward pass, before clipping; a wrapped one too
-) -> Tensor | None:  # 0-dimensional, on the network's device: nothing waits for it; None: no attention with gradients
-    "Mean size of the gradients of attention's query and key weights."
-    gradients = list(_query_key_gradients(model))
-    if not gradients:
-        return None
-    return torch.stack(torch._foreach_norm(gradients, 1)).sum() / sum(g.numel() for g in gradients)

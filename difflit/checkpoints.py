@@ -18,12 +18,13 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
@@ -270,27 +271,41 @@ def _pinned(size: int, device: torch.device | None) -> Tensor:
     return memory
 
 
+def _order(tensor: Tensor) -> tuple[int, ...]:
+    "The strides of a tensor that fills its memory in another than the plain order; () for the plain one, also where there are gaps."
+    if tensor.is_contiguous():
+        return ()
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return ()
+        expected *= size
+    return tensor.stride()
+
+
 class _Copy:
-    "A group of tensors in one piece of CPU memory, laid out as its safetensors file, and used again at the next save."
+    "A group of tensors in one piece of CPU memory, placed as in its safetensors file, and used again at the next save."
 
     def __init__(self) -> None:
         self.memory, self.size = torch.empty(0, dtype=torch.uint8), 0
-        self.plan: list[tuple[str, torch.dtype, torch.Size]] | None = None
+        self.plan: list[tuple[str, torch.dtype, torch.Size, tuple[int, ...]]] | None = None
         self.views: list[Tensor] = []
         self.header: dict[str, dict[str, Any]] = {}
 
-    def _lay_out(self, plan: list[tuple[str, torch.dtype, torch.Size]], device: torch.device | None) -> None:
+    def _lay_out(self, plan: list[tuple[str, torch.dtype, torch.Size, tuple[int, ...]]], device: torch.device | None) -> None:
         "Find a place for each tensor; larger elements first, so that each is aligned."
         ends, end = [], 0
-        for _, dtype, shape in plan:
+        for _, dtype, shape, _ in plan:
             ends.append(end := end + dtype.itemsize * math.prod(shape))
         if self.memory.numel() < end or (device is not None and device.type == "cuda" and not self.memory.is_pinned()):
             self.memory = _pinned(end, device)
-        starts = [0, *ends][: len(ends)]
-        self.views = [self.memory[a:b].view(dtype).view(shape) for a, b, (_, dtype, shape) in zip(starts, ends, plan, strict=True)]
-        self.header = {name: {"dtype": _NAMES[str(dtype).removeprefix("torch.")], "shape": list(shape), "data_offsets": [a, b]}
-                       for a, b, (name, dtype, shape) in zip(starts, ends, plan, strict=True)}
-        self.plan, self.size = plan, end
+        self.views, self.header, start = [], {}, 0
+        for end, (name, dtype, shape, strides) in zip(ends, plan, strict=True):
+            flat = self.memory[start:end].view(dtype)
+            self.views.append(flat.as_strided(shape, strides) if strides else flat.view(shape))
+            self.header[name] = {"dtype": _NAMES[str(dtype).removeprefix("torch.")], "shape": list(shape), "data_offsets": [start, end]}
+            start = end
+        self.plan, self.size = plan, start
 
 # %% ../nbs/45_checkpoints.ipynb #38389d97
 def _check_plain(name: str, tensor: Tensor) -> None:
@@ -301,25 +316,53 @@ def _check_plain(name: str, tensor: Tensor) -> None:
         raise CheckpointError(f"{name} cannot be kept in safetensors: {tensor.dtype}, {tensor.layout}, on {tensor.device}")
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    "Let torch's work on the CPU stay in this thread."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _fill(copy: _Copy, group: Mapping[str, Tensor], label: str) -> set[torch.device]:
     "Copy a group's tensors, without waiting for a GPU; the GPUs to be waited for."
     ordered = sorted(group.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
     for name, tensor in ordered:
         _check_plain(f"{label}/{name}", tensor)
     devices = {t.device for _, t in ordered if t.device.type == "cuda"}
-    plan = [(name, t.dtype, t.shape) for name, t in ordered]
+    plan = [(name, t.dtype, t.shape, _order(t)) for name, t in ordered]
     if plan != copy.plan:
         copy._lay_out(plan, next(iter(devices), None))
     if ordered:
-        torch._foreach_copy_(copy.views, [t.detach() for _, t in ordered], non_blocking=True)
+        with _one_thread():
+            torch._foreach_copy_(copy.views, [t.detach() for _, t in ordered], non_blocking=True)
     return devices
 
 
-def _pieces(copy: _Copy, step: int) -> list[memoryview]:
+def _plainly(view: Tensor, chunk_bytes: int = 1 << 20) -> Iterator[memoryview]:
+    "A tensor's bytes in plain order, a few rows at a time. By numpy, which starts no threads and lets go of Python's lock."
+    bits = view.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[view.element_size()]).numpy()
+    rows = max(1, chunk_bytes // (bits[0].size * bits.itemsize))
+    for start in range(0, len(bits), rows):
+        yield np.ascontiguousarray(bits[start : start + rows]).reshape(-1).view(np.uint8).data
+
+
+def _pieces(copy: _Copy, step: int) -> Iterator[memoryview]:
     "The file's bytes: length, header, tensors. The header is padded with blanks, so that the tensors are aligned in the file too."
     header = json.dumps({"__metadata__": {"format": "pt", "step": str(step)}, **copy.header}, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
-    return [memoryview(len(header).to_bytes(8, "little") + header), memoryview(copy.memory.numpy().data)[: copy.size]]
+    yield memoryview(len(header).to_bytes(8, "little") + header)
+    memory, written = memoryview(copy.memory.numpy().data), 0
+    for view, place in zip(copy.views, copy.header.values(), strict=True):
+        if not view.is_contiguous():
+            start, end = place["data_offsets"]
+            yield memory[written:start]  # all that lies plainly since the last one that did not
+            yield from _plainly(view)
+            written = end
+    yield memory[written : copy.size]
 
 
 def _write_hashed(path: Path, pieces: Iterable[memoryview], chunk_bytes: int = 1 << 22) -> str:

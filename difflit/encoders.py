@@ -398,7 +398,7 @@ def _adapt(settings: ModelSettings, model: LatentDenoiser, fresh: bool) -> list[
     if model.config.lora and model.config.lora.get("rank") != settings.lora_rank:
         notes.append(f"the adapters of rank {model.config.lora.get('rank')} in the given weights were merged into them")
         merge_lora(model)
-    added = add_cross_attention(model, seed=settings.seed) if getattr(settings, "add_attention", False) and not model.config.lora else []
+    added = add_cross_attention(model, seed=settings.seed) if settings.add_attention and not model.config.lora else []
     if added:
         notes.append(f"attention to words was added where there was none, {len(added)} tensors; the network answers as before until they learn")
     if settings.lora_rank and not model.config.lora:

@@ -18,13 +18,13 @@ from difflit.adapters import (
     load_lora,
     lora_state,
     merge_lora,
-    qk_gradients,
     quicken,
     replace_cross_attention,
     save_lora,
     trainable_parts,
 )
 from difflit.config import SettingsError
+from difflit.diagnostics import qk_gradients
 from difflit.diffusion import Diffusion
 from difflit.latent import LatentConfig, TextEncoder, latent_denoiser
 from difflit.models import build_model, family, freeze, model_card, reinitialise_parts

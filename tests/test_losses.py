@@ -241,19 +241,22 @@ def labelled(tmp_path):
 def test_every_loader_of_pictures_weighs_alike(labelled):
     "Indexed and streamed, counted and written; against the formula in float64."
     from difflit.data import DataError
-    from difflit.loading import Loader
+    from difflit.loading import Loader, sample_weights
     from difflit.selection import ShardSource
     from difflit.streams import StreamLoader
 
-    raw = {"dog": (1 - 0.9) / (1 - 0.9**3), "cat": (1 - 0.9) / (1 - 0.9**9)}
-    mean = (3 * raw["dog"] + 9 * raw["cat"]) / 12
     settings = {"batch_size": 12, "image_size": 16}
     source = ShardSource(str(labelled), columns=["kind"])
-    with Loader(source, class_weights="kind:0.9", **settings) as loader, StreamLoader(labelled, class_weights="kind:0.9: dog=3 cat=9", **settings) as stream:
+    sizes = {kind: list(source.labels("kind")).count(kind) for kind in ("dog", "cat")}  # of the split that is trained on
+    assert sizes["dog"] == 3 and 5 < sizes["cat"] < 9
+    raw = {kind: (1 - 0.9) / (1 - 0.9**size) for kind, size in sizes.items()}
+    mean = sum(sizes[kind] * raw[kind] for kind in sizes) / sum(sizes.values())
+    written = "kind:0.9: " + " ".join(f"{kind}={size}" for kind, size in sizes.items())
+    with Loader(source, class_weights="kind:0.9", **settings) as loader, StreamLoader(labelled, class_weights=written, **settings) as stream:
         for batch in (next(loader), next(stream)):
             expected = [raw["dog" if int(i[:2]) % 4 == 0 else "cat"] / mean for i in batch["id"]]
             torch.testing.assert_close(batch["weight"], torch.tensor(expected, dtype=torch.float32))
-            assert batch["weight"].mean().item() == pytest.approx(1)
+    assert sample_weights(source, "kind:0.9").mean() == pytest.approx(1)
     with Loader(source, **settings) as loader:
         assert "weight" not in next(loader)
     with pytest.raises(DataError, match="a stream cannot count its classes"):

@@ -4,16 +4,19 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from difflit.perception import (
     Clip,
     ClipConfig,
+    Lpips,
     clean_clip_gradient,
     clip_gradient,
     contrastive_loss,
     create_clip,
+    load_lpips,
     noised_clip_tokens,
     same_rows,
 )
@@ -150,3 +153,51 @@ def test_the_module_stands_alone():
     others = "('difflit.samplers', 'difflit.diffusion', 'difflit.training')"
     code = f"import difflit.perception, sys; print([m for m in sys.modules if m in {others}])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+# ---------------------------------------------------------------- LPIPS
+
+
+def lpips_files(folder):
+    """A VGG16 and linear weights in the published files' format, with numbers from a stream that never changes."""
+    draw = np.random.RandomState(0)
+    widths = [(name, p.shape) for name, p in Lpips().features.state_dict().items()]
+    vgg = {f"features.{n}": torch.from_numpy(draw.standard_normal(s) * (2 / np.prod(s[1:]) if len(s) > 1 else 0.01) ** 0.5).float() for n, s in widths}
+    vgg["classifier.6.bias"] = torch.zeros(1000)  # the real file holds the classifier too
+    linear = {f"lin{i}.model.1.weight": torch.from_numpy(draw.rand(1, c, 1, 1)).float() for i, c in enumerate((64, 128, 256, 512, 512))}
+    torch.save(vgg, folder / "vgg16.pth")
+    torch.save(linear, folder / "linear.pth")
+    pairs = torch.from_numpy(draw.rand(2, 2, 3, 24, 40)).float() * 2 - 1
+    return vgg, linear, pairs
+
+
+@pytest.mark.parametrize("weights", ["random", "published"])
+def test_lpips_is_torchmetrics_lpips(tmp_path, weights):
+    """The same weights give the same distances, also with the real linear weights, which torchmetrics carries and we find there."""
+    reference = pytest.importorskip("torchmetrics.functional.image.lpips", reason="torchmetrics is not installed")
+    vgg, linear, (a, b) = lpips_files(tmp_path)
+    theirs = reference._LPIPS(pretrained=weights == "published", net="vgg", pnet_rand=True)  # pnet_rand: nothing is fetched
+    for part in theirs.net.children():
+        part.load_state_dict({n: vgg[f"features.{n}"] for n in part.state_dict()})
+    if weights == "random":
+        told = theirs.load_state_dict(linear, strict=False)  # strict would ask for the VGG again; what is passed over must not be a linear weight
+        assert not told.unexpected_keys
+    ours = load_lpips(tmp_path / "vgg16.pth", tmp_path / "linear.pth" if weights == "random" else None)
+    for mine, layer in zip(ours.linear, theirs.lins, strict=True):
+        assert torch.equal(mine, layer.model[1].weight.flatten()), "the reference was not given the weights"
+    torch.testing.assert_close(ours(a, b), theirs(a, b).flatten(), rtol=1e-5, atol=0)
+
+
+LPIPS_OF_TORCHMETRICS = [0.4586596, 0.1936733, 0.0636453, 0.02230134, 0.01617038]
+
+
+def test_lpips_keeps_to_its_numbers(tmp_path):
+    """Of the same weights, each depth alone, as torchmetrics 1.9.0 gave them: for where it is not installed."""
+    _, _, (a, b) = lpips_files(tmp_path)
+    ours = load_lpips(tmp_path / "vgg16.pth", tmp_path / "linear.pth")
+    given, found = [w.clone() for w in ours.linear], []
+    for kept in range(5):
+        for i, weight in enumerate(ours.linear):
+            weight.data.copy_(given[i] * (i == kept))
+        found.append(ours(a[:1], b[:1]).item())
+    assert found == pytest.approx(LPIPS_OF_TORCHMETRICS, rel=1e-4)
