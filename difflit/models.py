@@ -260,7 +260,7 @@ def load_model(
     shards = next((f for f in (folder / weights, folder / "model") if any(f.glob("*.safetensors"))), None)  # of a run with parallel=fsdp
     if file is None and shards is None:
         raise SettingsError(f"{folder} has a config.json but no weights; expected {weights}.safetensors")
-    model = load_weights(build_model(card), load_file(file) if file is not None else join_shards(shards), str(file or shards))
+    model = load_weights(build_model(card), load_file(file) if file is not None else join_shards(shards or folder), str(file or shards))
     return model.to(device).eval(), card
 
 # %% ../nbs/35_models.ipynb #2b4128e4
