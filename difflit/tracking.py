@@ -794,7 +794,7 @@ class LiveView:
 
     def _display(self, line: str, figure: Figure | None) -> None:
         "Show or update the two displays."
-        from IPython.display import display
+        from IPython.display import Image, display
 
         text = {"text/plain": line}
         if not self._handles:
@@ -802,8 +802,11 @@ class LiveView:
         else:
             self._handles[0].update(text, raw=True)
         if figure is not None:
-            if len(self._handles) < 2:
-                self._handles.append(display(figure, display_id=True))
-            else:
-                self._handles[1].update(figure)
+            memory = io.BytesIO()
+            figure.savefig(memory, format="png")
             plt.close(figure)
+            picture = Image(memory.getvalue())  # drawn here: a kernel with a backend that only saves would show its name
+            if len(self._handles) < 2:
+                self._handles.append(display(picture, display_id=True))
+            else:
+                self._handles[1].update(picture)
