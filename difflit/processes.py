@@ -46,8 +46,8 @@ def _peers(doing: str, timeout_seconds: float, *, surely: bool = True) -> Iterat
                        "Its log is in logs/rank-N.log; the last checkpoint is whole") from None
 
 # %% ../nbs/06_processes.ipynb #645dcf87
-class Ranks:
-    "The processes of one run. Every method but `alone` is to be called by all of them."
+class _Ranks:
+    "Who there is."
 
     def __init__(
         self,
@@ -70,6 +70,10 @@ class Ranks:
     ) -> contextlib.AbstractContextManager:
         "Within it, the error of an exchange that torch makes by itself (in a backward pass, of sharded weights) becomes `PeerLost`; others stay as they are."
         return contextlib.nullcontext() if self.alone else _peers(doing, self.timeout_seconds, surely=False)
+
+# %% ../nbs/06_processes.ipynb #1628ec21
+class Ranks(_Ranks):
+    "The processes of one run. Every method but `alone` and `listening` is to be called by all of them."
 
     def largest(
         self,

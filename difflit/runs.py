@@ -214,7 +214,7 @@ def _beat(run: Run) -> None:
         with contextlib.suppress(OSError):
             run.update()
 
-
+# %% ../nbs/03_runs.ipynb #76671551
 _LAST_WORDS = (signal.SIGTERM, signal.SIGUSR2)
 
 
@@ -362,7 +362,7 @@ def _await_rank_0(path: Path, seconds: float = 300.0) -> dict[str, Any]:
         time.sleep(0.1)
     raise RunError(f"rank 0 has not opened {path} within {seconds:g} s: do all processes see the same directory?")
 
-
+# %% ../nbs/03_runs.ipynb #0e68c49b
 def open_run(
     given: Mapping[str, Any],  # parameters by name, as typed
     file: str | Path | None = None,  # a YAML file of settings below them

@@ -245,7 +245,7 @@ def _refuse_retry(state: TrainState, trouble: BaseException) -> BaseException:
     return OutOfMemory(f"step {state.step + 1} does not fit into memory, and with {how} it cannot be tried again: give accumulate={2 * state.parts}, "
                        "and resume=auto goes on from the last checkpoint")
 
-
+# %% ../nbs/49_training.ipynb #05df436f
 def compute_gradients(
     state: TrainState,  # whose gradients are filled
     task: Task,  # what is computed
@@ -432,7 +432,7 @@ def _record_step(state: TrainState, tracker: Tracker, row: Mapping[str, Any], lo
     if state.step % LOOK_EVERY_STEPS == 0:  # a step that all processes agree on, whatever their trackers have to write
         _look(state, loop, tracker)
 
-
+# %% ../nbs/49_training.ipynb #2f9dad65
 def _look(state: TrainState, loop: LoopSettings, tracker: Tracker) -> None:
     "Hear of steps that were skipped on the device, and stop at a row whose loss is no number although nobody noticed."
     rows = [row for row in [*tracker.rows[-LOOK_EVERY_STEPS:], *settle(tracker)] if row["step"] > loop.looked]
