@@ -341,7 +341,7 @@ def _fill(copy: _Copy, group: Mapping[str, Tensor], label: str) -> set[torch.dev
             torch._foreach_copy_(copy.views, [t.detach() for _, t in ordered], non_blocking=True)
     return devices
 
-
+# %% ../nbs/45_checkpoints.ipynb #577b7a79
 def _plainly(view: Tensor, chunk_bytes: int = 1 << 20) -> Iterator[memoryview]:
     "A tensor's bytes in plain order, a few rows at a time. By numpy, which starts no threads and lets go of Python's lock."
     bits = view.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[view.element_size()]).numpy()
