@@ -222,7 +222,7 @@ class OptimizerSettings(ModelSettings):
     ema_device: Literal["same", "cpu"] = Field("same", description="where averages lie: beside the weights, or in the machine's memory")
     snapshot_every_steps: int | None = Field(None, ge=1, description="keep power averages for reconstructing any width later (None: never)")
 
-
+# %% ../nbs/00_config.ipynb #167eebf4
 class SurvivalSettings(OptimizerSettings):
     "Stopping, saving, and what happens when a step goes wrong."
 
@@ -245,7 +245,7 @@ class SurvivalSettings(OptimizerSettings):
         "tensorboard", description="where metrics go besides metrics.csv, comma between: tensorboard, jsonl, wandb, prometheus, none")
     statistics_every_steps: int = Field(10, ge=0, description="gradient and weight norms by part of the network; 0: never")
 
-
+# %% ../nbs/00_config.ipynb #39d5ba90
 class TrainSettings(SurvivalSettings):
     "All settings of `nbs/train.ipynb`."
 
@@ -567,7 +567,7 @@ def settings_yaml(
 
 def settings_table(
     settings: Settings,  # resolved
-    columns: int = 3,  # how many settings stand beside each other
+    columns: int = 4,  # how many settings stand beside each other
 ) -> str:  # a Markdown table
     "Settings as a compact Markdown table; those that differ from the field's default are bold."
     cells = []

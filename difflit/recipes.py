@@ -298,7 +298,7 @@ def _choose_trained(settings: TrainSettings, model: nn.Module) -> None:
         if name in idle:
             parameter.requires_grad_(False)
 
-
+# %% ../nbs/71_recipes.ipynb #22065e0d
 def _cut_up(settings: TrainSettings, model: nn.Module, ranks: Ranks, keeps: str) -> nn.Module | None:
     "With parallel=fsdp: the network cut up in place, and a whole copy for the average that is drawn with."
     if settings.parallel != "fsdp" or ranks.alone:
@@ -342,7 +342,7 @@ def _gradient_metrics(settings: TrainSettings, state: TrainState) -> Callable[[n
 
     return measure
 
-
+# %% ../nbs/71_recipes.ipynb #5cce8370
 def _make_state(settings: TrainSettings, model: nn.Module) -> TrainState:
     "Network, average, optimizer on their device, shared among processes if there are several."
     rank, world = rank_and_world()
@@ -451,7 +451,7 @@ def _wire(run: Run) -> TrainingJob:
                        loader=loader, encoders=made.encoders if made else None, filled=made.filled if made else [], watch=watch,
                        writer=_open_writer(run, state), stopper=make_stopper(run.path, settings.walltime, run.began, settings.grace_seconds))
 
-
+# %% ../nbs/71_recipes.ipynb #fe6fdbd1
 def _direction(name: str) -> tuple[str, bool]:
     "A number's name, and whether higher is better."
     return name.removeprefix("+"), name.startswith("+")
@@ -909,7 +909,7 @@ def _preempted(job: TrainingJob, reason: str) -> None:
     finish(job.run, "preempted", reason)
     skip_later_cells(job.run, f"Stopped after step {job.state.step} of {job.steps}: {reason}. The cells from here on were skipped; the run goes on with {how}.")
 
-
+# %% ../nbs/71_recipes.ipynb #86b6a71a
 def train_job(
     job: TrainingJob,  # from `prepare`
     show: bool = True,  # progress and curves in place

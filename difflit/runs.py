@@ -304,7 +304,7 @@ def _at_exit(run: Run) -> None:
     with contextlib.suppress(OSError):
         _end(run, "failed", "the process ended before the run was done")
 
-
+# %% ../nbs/03_runs.ipynb #39f4fbfc
 def finish(
     run: Run,  # a run that is under way
     state: str = "done",  # done, preempted or pruned

@@ -319,14 +319,8 @@ class _Arithmetic:
         counted = None if self._overflows is None else self._overflows.tolist()
         return {"updates": self.updates, "overflows": counted, "scaler": self.scaler.state_dict() if self.scaler else None}
 
-# %% ../nbs/42_scaling.ipynb #c8081506
-class Arithmetic(_Arithmetic):
-    "Format, master weights and loss scale of one network, for a loop."
-
-    def autocast(self) -> contextlib.AbstractContextManager:
-        "The region of the forward pass."
-        return self.precision.autocast()
-
+# %% ../nbs/42_scaling.ipynb #971432e9
+class _Looking(_Arithmetic):
     def check(self, loss: Tensor, batch: Mapping[str, Any] | None = None, folder: str | Path | None = None, step: int | None = None, rank: int = 0) -> None:
         "Before the backward pass: raise `NonFiniteLoss`, or on a GPU let the step be skipped."
         if self.wait:
@@ -344,6 +338,14 @@ class Arithmetic(_Arithmetic):
         "Without a scaler, which looks for itself: have a step skipped and counted whose loss is finite and whose gradient is not."
         if self.scaler is None:
             _guard_gradients(self, norm.detach())
+
+# %% ../nbs/42_scaling.ipynb #c8081506
+class Arithmetic(_Looking):
+    "Format, master weights and loss scale of one network, for a loop."
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        "The region of the forward pass."
+        return self.precision.autocast()
 
     def backward(self, loss: Tensor) -> None:
         "Gradients of a micro-batch's share of the loss, added to those before."
