@@ -100,11 +100,14 @@ def pack_optimizer(
 
 
 def _laid_out_like(parameter: Tensor, value: Any) -> Any:
-    "A moment in its parameter's memory layout: a fused optimizer walks over both as flat memory."
+    "A moment in its parameter's memory layout, since a fused optimizer walks over both as flat memory; anything else in memory of its own."
     if isinstance(value, dict):
         return {k: _laid_out_like(parameter, v) for k, v in value.items()}
-    same = isinstance(value, Tensor) and value.shape == parameter.shape
-    return torch.empty_like(parameter, dtype=value.dtype).copy_(value) if same else value
+    if isinstance(value, list | tuple):
+        return type(value)(_laid_out_like(parameter, v) for v in value)
+    if not isinstance(value, Tensor):
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value) if value.shape == parameter.shape else value.clone()
 
 
 def _as_saved(live: Any, saved: Any) -> Any:
@@ -784,7 +787,7 @@ def unpack_sharded_optimizer(
         for p, value in zip(model.parameters(), before, strict=True):
             p.copy_(value)
     tensors = pack_optimizer(optimizer)[0]
-    by_number = (checkpoint.path / f"{name}.safetensors").exists()  # a run that was not sharded wrote it
+    by_number = any(key.partition(".")[0].isdigit() for key in _shapes(checkpoint, name))  # a run that was not sharded wrote it
     load_sharded(checkpoint, {name: tensors if by_number else _named(model, optimizer, tensors)}, group)
     unpack_optimizer(optimizer, tensors, rest)
 
