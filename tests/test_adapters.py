@@ -282,7 +282,7 @@ def test_attention_added_to_a_unet_without_words(registered):
     with torch.no_grad():
         before = model(x, times, text)
         new = add_cross_attention(model)
-        assert torch.allclose(model(x, times, text), before, atol=1e-6)
+        assert torch.allclose(model(x, times, text), before, atol=5e-6)  # attention hands on another memory layout, in which convolutions round otherwise
     assert "attn2" in " ".join(new)
     teach(model.train(), data)
     assert qk_gradients(model) > 0
