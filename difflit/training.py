@@ -570,7 +570,7 @@ def load_state(
         if state.schedule is not None and saved.get("schedule"):
             state.schedule.load_state_dict(saved["schedule"])
     except (RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint.path.name} does not fit this run: {error}") from None
+        raise CheckpointError(f"{checkpoint.path.name} does not fit this model: {error}") from None
     if saved.get("world", state.ranks.world) == state.ranks.world:
         state.parts = max(state.parts, int(saved.get("parts", 1)))
     if saved.get("recomputes"):

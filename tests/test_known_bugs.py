@@ -433,7 +433,7 @@ def test_uncond_p_accepted_and_ignored(share):
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_uncond_p_reaches_the_network(tmp_path, share):
     """And it is not lost between the settings and the network: what a run's task receives has that share of captions without a token."""
-    run = open_run({**TINY, "steps": 2, "batch_size": 32, "score_images": 0, "uncond_p": share, "run_dir": str(tmp_path / "run")})
+    run = open_run({**TINY, "steps": 2, "batch_size": 32, "score_images": 0, "statistics_every_steps": 0, "uncond_p": share, "run_dir": str(tmp_path / "run")})
     job, empty = prepare(run), []
     original = job.task.loss
 
