@@ -199,7 +199,7 @@ def test_attention_is_added_to_a_unet_without(models):
         model, _, notes = latent_network(asked, encoders)
         assert any("attention to words was added" in note for note in notes)
         with torch.no_grad():
-            assert torch.allclose(model(x, times, text), before(x, times, text), atol=1e-6)
+            assert torch.allclose(model(x, times, text), before(x, times, text), atol=5e-6)  # another memory layout rounds otherwise
         live = {n for n, p in model.named_parameters() if p.requires_grad}
         assert {n for n, _ in model.named_parameters() if n.endswith("proj_out.weight")} <= live
 
