@@ -787,8 +787,9 @@ def unpack_sharded_optimizer(
         for p, value in zip(model.parameters(), before, strict=True):
             p.copy_(value)
     tensors = pack_optimizer(optimizer)[0]
-    by_number = any(key.partition(".")[0].isdigit() for key in _shapes(checkpoint, name))  # a run that was not sharded wrote it
-    load_sharded(checkpoint, {name: tensors if by_number else _named(model, optimizer, tensors)}, group)
+    by_name, saved = _named(model, optimizer, tensors), _shapes(checkpoint, name) if name in checkpoint.groups() else {}
+    numbered = set(saved) == set(tensors) != set(by_name)  # a run that was not sharded wrote it
+    load_sharded(checkpoint, {name: tensors if numbered else by_name}, group)
     unpack_optimizer(optimizer, tensors, rest)
 
 # %% ../nbs/45_checkpoints.ipynb #9b6f0150
