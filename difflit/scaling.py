@@ -409,7 +409,7 @@ def _plain_step(optimizer: torch.optim.Optimizer, flag: Tensor | None) -> Tensor
 MOST_OVERFLOWS = 32
 
 
-def _guard_gradients(arithmetic: Arithmetic, norm: Tensor) -> None:
+def _guard_gradients(arithmetic: _Looking, norm: Tensor) -> None:
     "See `Arithmetic.guard_gradients`."
     bad = ~norm.isfinite()
     if arithmetic.wait and not bool(bad):
@@ -426,7 +426,7 @@ def _guard_gradients(arithmetic: Arithmetic, norm: Tensor) -> None:
         _check_overflows(arithmetic)
 
 
-def _check_overflows(arithmetic: Arithmetic) -> None:
+def _check_overflows(arithmetic: _Looking) -> None:
     "Raise `OverflowLimit` if too many steps in a row had infinite gradients. Waits for a GPU."
     row = 0 if arithmetic._overflows is None else int(arithmetic._overflows[1])
     if row >= MOST_OVERFLOWS:
