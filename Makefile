@@ -35,8 +35,8 @@ train: $(STAMP)
 test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/nbdev_test --n_workers 2
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist worksteal
 
 slow: $(STAMP)
 	$(BIN)/nbdev_test --n_workers 1 --flags slow

@@ -287,7 +287,7 @@ def test_a_truncated_cache_is_named(tmp_path, cache):
     refused(re.escape(rows.name), cache=copy, run_dir=tmp_path / "run")
 
 
-@pytest.mark.parametrize("name", ["train_sd.sh", "train_t5.sh"])
+@pytest.mark.parametrize("name", ["train_sd.sh", pytest.param("train_t5.sh", marks=pytest.mark.slow)])
 def test_launchers(tmp_path, models, name):
     """The launcher as it is shipped, made small by options; started again it goes on where it was."""
     bin = twins.Path(sys.executable).parent
