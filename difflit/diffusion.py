@@ -10,6 +10,7 @@ __all__ = ['SCHEDULES', 'TARGETS', 'make_betas', 'zero_terminal_snr_betas', 'shi
 
 # %% ../nbs/40_diffusion.ipynb #428a48fd
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -183,6 +184,12 @@ def scales_of(
     return alpha, sigma * alpha
 
 
+@lru_cache(maxsize=64)
+def _ratios(schedule:Schedule) -> tuple[float, ...]: # T numbers
+    "σ/α of a table as plain numbers, to be searched at every step of sampling"
+    return tuple((schedule.row(1, "cpu") / schedule.row(0, "cpu")).tolist())
+
+
 def time_of(
     schedule:Schedule, # where to look
     sigma:float, # the samplers' σ, may be infinite
@@ -190,14 +197,13 @@ def time_of(
     "The time at which σ/α equals `sigma`, interpolated in log σ between entries of a table and held at its ends"
     if schedule.continuous:
         return 1.0 if math.isinf(sigma) else sigma / (1 + sigma)
-    table = (schedule.row(1, "cpu") / schedule.row(0, "cpu"))
-    last = schedule.timesteps - 1
+    table, last = _ratios(schedule), schedule.timesteps - 1
     if sigma >= table[-1]:
         return float(last)
     if sigma <= table[0]:
         return 0.0
-    i = int(torch.searchsorted(table, sigma, right=True)) - 1
-    low, high = float(table[i]), float(table[i + 1])
+    i = bisect_right(table, sigma) - 1
+    low, high = table[i], table[i + 1]
     if math.isinf(high):
         return last - low / sigma  # the last interval before pure noise has no logarithm at its end
     return i + math.log(sigma / low) / math.log(high / low)

@@ -50,6 +50,8 @@ MODELS: dict[str, tuple[str, str | None]] = {
     "t5-large": ("google-t5/t5-large", None),
     "t5-base": ("google-t5/t5-base", None),
     "t5-small": ("google-t5/t5-small", None),
+    "swin2sr-x2": ("caidas/swin2SR-classical-sr-x2-64", None),
+    "swin2sr-x4": ("caidas/swin2SR-realworld-sr-x4-64-bsrgan-psnr", None),
 }
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack", ".h5")
 

@@ -56,7 +56,8 @@ from .precision import Precision, choose_device, choose_precision
 from .processes import Ranks, is_sharded, join_processes, shard
 from .randomness import normal
 from .runs import Run, fail, finish, rank_and_world, skip_later_cells
-from .samplers import get_sampler, sigma_steps
+from .samplers import get_sampler
+from .spacing import sigma_steps
 from .scaling import Arithmetic, DynamicLossScaler, NonFiniteLoss, OverflowLimit, Recovery
 from .sources import parse_caption
 from .stopping import EarlyStopping, OutOfTime, Stopper, make_stopper

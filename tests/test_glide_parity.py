@@ -14,7 +14,11 @@ from torch import Tensor, nn
 
 from difflit.diffusion import Diffusion, hybrid_loss, learned_range_logvar, posterior
 from difflit.glide import Glide, create_glide
-from difflit.samplers import Denoiser, ddim, ddpm, per_sample_noise, sample, sigma_steps
+from difflit.denoising import Denoiser, per_sample_noise
+from difflit.samplers import ddim
+from difflit.sampling import sample
+from difflit.spacing import sigma_steps
+from difflit.stochastic import ddpm
 
 INSTALL = "install glide_text2im from git+https://github.com/openai/glide-text2im to run the parity tests"
 pytest.importorskip("glide_text2im", reason=INSTALL)

@@ -14,7 +14,7 @@ from difflit.diffusion import Diffusion
 from difflit.generation import draw, generate
 from difflit.recipes import prepare, preview_prompts, train_job
 from difflit.runs import fail, finish, open_run, read_status
-from difflit.samplers import sample
+from difflit.sampling import sample
 from difflit.loading import Loader, open_source
 
 

@@ -22,7 +22,10 @@ from difflit.precision import Precision
 from difflit.randomness import normal
 from difflit.recipes import prepare, train_job
 from difflit.runs import finish, open_run
-from difflit.samplers import SAMPLERS, ddim, euler, get_sampler, per_sample_noise, sample, sigma_steps
+from difflit.denoising import per_sample_noise
+from difflit.samplers import SAMPLERS, ddim, euler, get_sampler
+from difflit.sampling import sample
+from difflit.spacing import sigma_steps
 from difflit.loading import Loader, open_source
 from difflit.tasks import TextToImage
 from difflit.text import TextCache, encode_rows

@@ -19,7 +19,9 @@ from difflit.latent import (
 from difflit.pipelines import (
     component_digest, find_model, load_autoencoder, load_parts, load_text_encoder, load_unet, pull, save_pipeline, wanted_files,
 )
-from difflit.samplers import Denoiser, begin, ddim, per_sample_noise, sigma_steps
+from difflit.denoising import Denoiser, begin, per_sample_noise
+from difflit.samplers import ddim
+from difflit.spacing import sigma_steps
 from difflit.text import weights_digest
 
 PROMPTS = ["a red circle on a blue background", "two white stars"]

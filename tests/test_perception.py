@@ -150,7 +150,7 @@ def test_gradients_leave_no_trace():
 
 def test_the_module_stands_alone():
     "In a fresh process, importing it brings no diffusion, sampler or training along."
-    others = "('difflit.samplers', 'difflit.diffusion', 'difflit.training')"
+    others = "('difflit.samplers', 'difflit.sampling', 'difflit.denoising', 'difflit.diffusion', 'difflit.training')"
     code = f"import difflit.perception, sys; print([m for m in sys.modules if m in {others}])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 

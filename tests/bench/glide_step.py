@@ -18,7 +18,7 @@ What is compared:
   unless `--whole` is given, this part takes one residual block per level instead of three and four layers of text instead of sixteen. Widths, which
   decide how kernels perform, stay;
 - *sample*: one picture per prompt, 27 steps of DDIM ("fast27"), guidance 3 with both branches in one batch (the upsamplers without guidance). The
-  original as in its notebooks, with its text cache; difflit by `difflit.samplers.sample`, which uses `model.prepared(dtype)`. The original's notebooks
+  original as in its notebooks, with its text cache; difflit by `difflit.sampling.sample`, which uses `model.prepared(dtype)`. The original's notebooks
   compute in fp32 where there is no GPU, so the last line also compares difflit in bf16 with that.
 """
 
@@ -38,7 +38,8 @@ from train_step import matrix_rate, seconds
 from difflit.diffusion import Diffusion
 from difflit.glide import Glide, create_glide, keep_freed_memory
 from difflit.precision import Precision, choose_device
-from difflit.samplers import sample, spaced_times
+from difflit.sampling import sample
+from difflit.spacing import spaced_times
 from difflit.tasks import create_task
 from difflit.averaging import EMA
 from difflit.optimizers import make_optimizer
