@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Swin2SRConfig, Swin2SRForImageSuperResolution
+from twins import save_sd
 from typer.testing import CliRunner
 
 from difflit.albums import read_picture
@@ -117,6 +118,19 @@ def test_stages_fillings_and_changes(places, tmp_path):
     assert size("--image", places / "photo.png", "--strength", 0.3) == 16
     assert size("--image", places / "photo.png", "--mask", places / "mask.png") == 16
     assert size("--sampler", "ddim", "-o", "eta=0.5", "--threshold", 0.99) == 16
+
+
+def test_a_latent_pipeline_draws_changes_and_fills_in(places, tmp_path):
+    folder = save_sd(tmp_path / "sd")
+    common = (folder, "--prompt", "a red circle", "--steps", 3, "--sampler", "dpmpp_2m_sde", "--negative", "dull")
+    for name, words in (("plain", ()), ("changed", ("--image", places / "photo.png", "--strength", 0.4)),
+                        ("filled", ("--image", places / "photo.png", "--mask", places / "mask.png"))):
+        code, said = sample(*common, "--out", tmp_path / name, *words)
+        assert code == 0, said
+    pictures = [next(iter(drawn(tmp_path / name).values())) for name in ("plain", "changed", "filled")]
+    assert {picture.shape for picture in pictures} == {(64, 64, 3)} and len({picture.tobytes() for picture in pictures}) == 3
+    with pytest.warns(UserWarning, match="122 tokens for clip, which reads 77: the end of 'a red circle"):
+        assert sample(*common, "--prompt", "a red circle " * 40, "--out", tmp_path / "long")[0] == 0
 
 
 def test_the_best_candidates_are_kept(places, tmp_path):
