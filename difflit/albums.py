@@ -20,11 +20,12 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image, PngImagePlugin
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .config import SettingsError
 from .data import to_images
+from .encoders import CaptionReader
 from .enlarging import load_enlarger
 from .files import atomic_write, digest_bytes, write_json
 from .generation import Pipeline, check_prompts, generate, load_pipeline, sampling_of
@@ -97,6 +98,14 @@ class Album:
     def info(self, prompt: str, seed: int) -> dict[str, Any]:
         "Everything that one picture needs to be made again."
         return {"prompt": prompt, "seed": int(seed), **self.made_by}
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        "All that lies on the device: of every stage, encoders included."
+        stages = [self.stage, *(s for s in [self.arguments.get("upsampler")] if s is not None)]
+        enlargers = [each.model for each in self.arguments.get("enlarger") or []]
+        encoders = [each for s in stages if isinstance(s.tokenizer, CaptionReader) for each in s.tokenizer.encoders.text.values()]
+        return [each for each in [*(s.model for s in stages), *(s.autoencoder for s in stages), *encoders, *enlargers] if isinstance(each, nn.Module)]
 
     @property
     def steps(self) -> int:
@@ -307,7 +316,7 @@ def _draw_best(album: Album, prompt: str, place: Path, scorer: Scorer, wanted: d
     "One prompt: candidates, scores, the best in files, the record last"
     seeds = wanted["seeds"]
     pictures = torch.cat([album.draw([prompt] * len(some), some, told=told) for some in (seeds[at : at + batch] for at in range(0, len(seeds), batch))])
-    with moved_off(album.stage.model):
+    with moved_off(*album.networks):
         scores = scorer(pictures, [prompt] * len(pictures))
     order = rerank(scores, len(seeds), wanted["top"])[0].tolist()
     require_writable(place)
