@@ -300,7 +300,7 @@ class EMA(Average):
 def gamma_to_std(
     gamma: float,  # exponent of time
 ) -> float:  # σ_rel, as a share of the run
-    "Width of a power-function profile. Source: Karras et al. 2024 (EDM2), eq. 4."
+    "Width of a power-function profile. Source: Karras et al. 2024 (EDM2), eq. 123."
     return math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)
 
 
