@@ -534,12 +534,12 @@ class LatentDenoiser(nn.Module):
         text: Mapping[str, Mapping[str, Tensor]],  # name → `states` [B, L, D] and `mask` [B, L], or `tokens` and `mask` where the encoder trains
     ) -> Tensor:  # the answer, [B, C, h, w]
         "Predict what the diffusion asks for."
-        if torch.is_inference_mode_enabled():  # sampling hands over the same words at every step
+        if torch.is_inference_mode_enabled() and not torch.compiler.is_compiling():  # sampling hands over the same words at every step
             if self._words is None or self._words[0] is not text:
                 self._words = text, *_joined(self, text)
             _, states, mask = self._words
         else:
-            self._words, (states, mask) = None, _joined(self, text)
+            states, mask = _joined(self, text)
         return self.unet(x, times, encoder_hidden_states=states, encoder_attention_mask=mask, return_dict=False)[0]
 
     def encode_text(
