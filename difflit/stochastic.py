@@ -92,7 +92,7 @@ def dpmpp_2s_a(
     callback: Callback | None = None,  # told (step, σ, x, x0)
     eta: float = 1.0,  # share of fresh noise, 0…1
 ) -> Tensor:  # x at the last σ
-    """DPM++ 2S ancestral, order 2, two evaluations per step.
+    """DPM++ 2S ancestral, order 2, two evaluations per step but for the last.
 
     Euler ancestral with half the steps. Source: Lu et al. 2022 (DPM-Solver++), algorithm 1. Raises `SettingsError`."""
     noise = _noise_or_error(noise, "dpmpp_2s_a")
@@ -249,7 +249,7 @@ def restart(
     callback: Callback | None = None,  # told (step, σ, x, x0)
     intervals: Sequence[tuple[float, float, int, int]] = ((0.1, 2.0, 1, 6),),  # (lowest σ, highest σ, times, steps each)
 ) -> Tensor:  # x at the last σ
-    """Restart, order 2, two evaluations per step.
+    """Restart, order 2, two evaluations per step but for the last, and those of its intervals.
 
     For quality, with evaluations to spare. Source: Xu et al. 2023, algorithm 1. Raises `SettingsError`."""
     noise = _noise_or_error(noise, "restart")
