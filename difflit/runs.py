@@ -157,6 +157,8 @@ class Run:
         self._stop, self._write_lock = threading.Event(), threading.RLock()  # a signal's last word may come in mid-write
         self._thread: threading.Thread | None = None
         self._signals: list[tuple[int, Any]] = []
+        self._late: int | None = None  # a signal that came while the last state was written
+        self._asked = False  # a rank other than 0 has been asked to end
         self._skipping, self._said_in, self._cell_ended = "", "", 0.0
 
     @property
@@ -222,6 +224,15 @@ def _take_signals(run: Run) -> None:
     "Outside the training loop, which listens by itself, a scheduler's signal ends the process as ever, but not without a word in the status."
 
     def tell(number: int, frame: Any) -> None:
+        if run._stop.is_set():  # the last state is being written: whole first, then the signal
+            run._late = number
+            return
+        if not run.main and not run._asked:  # perhaps on its way out, because another is gone: two seconds to leave its word
+            run._asked = True
+            again = threading.Timer(2.0, os.kill, (os.getpid(), number))
+            again.daemon = True
+            again.start()
+            return
         if run.main and _last_words(run.path):  # the launcher ends the processes that are left
             fail(run, "another process of this run failed")
         finish(run, "preempted", f"{signal.Signals(number).name} outside the training loop")
@@ -269,7 +280,6 @@ def _end(run: Run, state: str, reason: str | None) -> None:
     if run.state != "running":
         return
     run._stop.set()
-    _give_signals_back(run)
     reason = reason or run._status.get("reason")  # an early end has been given its reason already
     if run.main and state == "failed":
         reason = _with_words(run, reason)
@@ -281,6 +291,9 @@ def _end(run: Run, state: str, reason: str | None) -> None:
         _speak_for_rank_0(run, reason)
     logging.getLogger("difflit").removeHandler(run._handler)  # type: ignore[attr-defined]
     run._handler.close()  # type: ignore[attr-defined]
+    _give_signals_back(run)
+    if run._late is not None:
+        os.kill(os.getpid(), run._late)
 
 
 def _with_words(run: Run, reason: str | None) -> str | None:
