@@ -28,7 +28,7 @@ from .data import to_images
 from .encoders import CaptionReader
 from .enlarging import load_enlarger
 from .files import atomic_write, digest_bytes, write_json
-from .generation import Pipeline, check_prompts, generate, load_pipeline, sampling_of
+from .generation import Pipeline, check_prompts, clip_steering, generate, load_pipeline, sampling_of
 from .precision import choose_precision
 from .reranking import Scorer, moved_off, rerank
 from .samplers import check_options
@@ -126,7 +126,8 @@ def open_album(
     strength: float | None = None,  # of a change
     device: str = "auto",  # auto, cpu, cuda
     precision: str = "auto",  # auto, fp32, bf16, fp16
-    steer: Any = None,  # see `generate`; a name for it in `sampling` is up to the caller
+    clip: str | Path | None = None,  # a CLIP that steers the first stage, see `clip_steering`
+    clip_scale: float | None = None,  # how strongly; None: its own
     **sampling: Any,  # sampler, steps, spacing, guidance, rescale, interval, threshold, options …; None: the model's own
 ) -> Album:  # ready to draw
     "Load the stages and note what they are. Raises `SettingsError`."
@@ -150,6 +151,9 @@ def open_album(
             says[name] = {"file": str(path), "digest": digest_bytes(_bytes(path))}
     if strength is not None:
         says["strength"] = strength
+    steer = clip_steering(clip, stage.diffusion, clip_scale, device) if clip else None
+    if clip:
+        says["steered"] = {"clip": str(clip), "scale": clip_scale}
     says["versions"] = {"difflit": version("difflit"), "torch": torch.__version__}
     arguments = {"upsampler": second, "enlarger": third or None, "factor": factor, "negative": negative, "image": image, "mask": mask, "strength": strength,
                  "precision": chosen.name, "steer": steer, **sampling}
@@ -219,9 +223,7 @@ def draw_album(
 ) -> list[Path]:  # of this part's pictures, those of earlier starts included
     "Draw each prompt `count` times into a folder. Raises `SettingsError`."
     folder, part = require_writable(folder), part or part_of_environment()
-    check_prompts(prompts, [album.made_by.get("negative", "")], album.made_by["sampling"].get("guidance", 3.0))
-    if format not in ("png", "jpg"):
-        raise SettingsError(f"format={format}: pictures are written as png or jpg")
+    _check(album, prompts, format)
     jobs = [(text, seed + i) for i, text in enumerate(text for text in prompts for _ in range(count))][part.number :: part.parts]
     paths = {job: folder / picture_name(job[1], job[0], format) for job in jobs}
     left = [job for job in jobs if not _is_there(paths[job], album.info(*job))]
@@ -231,6 +233,13 @@ def draw_album(
             for job, picture in zip(left[at : at + batch], to_images(album.draw(texts, seeds, told=bar.update))):
                 save_picture(paths[job], picture, album.info(*job))
     return list(paths.values())
+
+
+def _check(album: Album, prompts: Sequence[str], format: str) -> None:
+    "Raise `SettingsError`, before anything is drawn, for what cannot be drawn or written"
+    check_prompts(prompts, [album.made_by.get("negative", "")], album.made_by["sampling"].get("guidance", 3.0))
+    if format not in ("png", "jpg"):
+        raise SettingsError(f"format={format}: pictures are written as png or jpg")
 
 
 def _bar(total: int, done: int, progress: bool) -> tqdm:
@@ -263,8 +272,9 @@ def draw_again(
         raise SettingsError(f"{path} does not say what made it")
     stages = {"upsampler": says.get("upsampler", {}).get("checkpoint"), "enlargers": [each["checkpoint"] for each in says.get("enlargers", [])]}
     shown = {name: says.get(name, {}).get("file") for name in ("image", "mask")}
-    album = open_album(says["checkpoint"], **stages, **shown, factor=says.get("factor"), negative=says.get("negative"), strength=says.get("strength"),
-                       device=device, precision=says["precision"], **says["sampling"])
+    steered = says.get("steered", {})
+    album = open_album(says["checkpoint"], **stages, **shown, clip=steered.get("clip"), clip_scale=steered.get("scale"), factor=says.get("factor"),
+                       negative=says.get("negative"), strength=says.get("strength"), device=device, precision=says["precision"], **says["sampling"])
     now = album.info(says["prompt"], says["seed"])
     if differ := _differences(says, now, ("sampling", "rank", "score", "clip")):
         raise SettingsError(f"{path} cannot be made again: {', '.join(differ)} changed since")
@@ -289,7 +299,7 @@ def draw_best(
     if not 1 <= top <= candidates:
         raise SettingsError(f"top={top} of candidates={candidates}: at least one is kept, and at most all")
     folder, part, kept = require_writable(folder), part or part_of_environment(), []
-    check_prompts(prompts, None, album.made_by["sampling"].get("guidance", 3.0))
+    _check(album, prompts, format)
     jobs = list(enumerate(prompts))[part.number :: part.parts]
     with _bar(len(jobs) * candidates * album.steps, 0, progress) as bar:
         for i, prompt in jobs:

@@ -218,26 +218,26 @@ def _numbers(what: str, text: str | None, sign: str, kind: type) -> tuple[Any, A
 
 def _draw(where: str, texts: list[str], asked: dict[str, Any]) -> None:
     "The pictures of `difflit sample`."
-    from difflit.albums import Part, draw_album, draw_best, open_album, require_writable
+    from difflit.albums import Part, draw_album, draw_best, open_album, part_of_environment, require_writable
     from difflit.reranking import load_scorer
 
     share = _numbers("part", asked["part"], "/", int)
     if share is not None and not 1 <= share[0] <= share[1]:
         raise SettingsError(f"--part {asked['part']}: the first number is at least 1 and at most the second")
     folder = require_writable(asked["out"])
-    how = {name: asked[name] for name in ("negative", "upsampler", "factor", "image", "mask", "strength", "device", "precision",
+    how = {name: asked[name] for name in ("negative", "upsampler", "factor", "image", "mask", "strength", "device", "precision", "clip", "clip_scale",
                                           "guidance", "rescale", "threshold", "steps", "sampler", "spacing")}
     options = {name: yaml.safe_load(value) for name, value in parse_parameters(asked["option"] or []).items()}
-    steer = _steering(where, asked) if asked["clip"] else None
     scorer = load_scorer(asked["rank_model"], asked["rank_weights"], asked["device"]) if asked["candidates"] > 1 else None
     album = open_album(where, enlargers=asked["enlarger"] or [], interval=_numbers("interval", asked["interval"], ",", float), options=options or None,
-                       steer=steer, **how)
-    common: dict[str, Any] = {name: asked[name] for name in ("seed", "batch", "format")} | {"part": Part(share[0] - 1, share[1]) if share else None}
+                       **how)
+    part = Part(share[0] - 1, share[1]) if share else part_of_environment()
+    common: dict[str, Any] = {name: asked[name] for name in ("seed", "batch", "format")} | {"part": part}
     if scorer is None:
         paths = draw_album(album, texts, folder, count=asked["count"], **common)
     else:
         paths = draw_best(album, texts, folder, scorer, candidates=asked["candidates"], top=asked["top"], **common)
-    _write_grid(paths, folder, part=share is not None)
+    _write_grid(paths, folder, part=part.parts > 1)
 
 # %% ../nbs/80_cli.ipynb #b038070c
 def _write_grid(paths: list[Path], folder: Path, part: bool) -> None:
@@ -255,13 +255,6 @@ def _write_grid(paths: list[Path], folder: Path, part: bool) -> None:
     captions = [(read_picture(path) or {}).get("prompt", path.stem) for path in shown]
     atomic_write(folder / "grid.png", caption_grid([Image.open(path) for path in shown], captions).png())
     typer.echo(f"{len(paths)} pictures and grid.png in {folder}")
-
-
-def _steering(where: str, asked: dict[str, Any]) -> Any:
-    "Steering by a CLIP."
-    from difflit.generation import clip_steering, load_pipeline
-
-    return clip_steering(asked["clip"], load_pipeline(where, asked["device"]).diffusion, asked["clip_scale"], asked["device"])
 
 
 def _draw_again(path: str, folder: Path, device: str) -> None:

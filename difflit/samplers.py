@@ -280,7 +280,7 @@ def unipc(
 ) -> Tensor:  # x at the last σ
     """UniPC-p, order p + 1, one evaluation per step.
 
-    The least error at 8 to 15 steps. Source: Zhao et al. 2023, algorithms 5 and 6. Raises `SettingsError`."""
+    For few steps, 8 to 15 in its paper. Source: Zhao et al. 2023, algorithms 5 and 6. Raises `SettingsError`."""
     _check_order("unipc", order, (1, 2, 3))
     if variant not in ("bh1", "bh2"):
         raise SettingsError(f"variant={variant!r}: there is bh1 and bh2")

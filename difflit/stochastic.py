@@ -123,7 +123,7 @@ def dpmpp_2m_sde(
 ) -> Tensor:  # x at the last σ
     """DPM++ 2M SDE, order 2, one evaluation per step.
 
-    The best pictures at 25 steps and more. Source: Lu et al. 2022 (DPM-Solver++), section 4. Raises `SettingsError`."""
+    For 25 steps and more, where fresh noise is welcome. Source: Lu et al. 2022 (DPM-Solver++), section 4. Raises `SettingsError`."""
     noise = _noise_or_error(noise, "dpmpp_2m_sde")
     before: tuple[float, Tensor] | None = None
     for step, (now, then) in enumerate(_pairs(sigmas)):

@@ -143,6 +143,8 @@ def test_the_best_candidates_are_kept(places, tmp_path):
     assert [info["score"] for info in best] == sorted(record["scores"], reverse=True)[:2]
     assert sample(places / "base", "--prompts", places / "prompts.txt", "--out", tmp_path / "many", *judge)[0] == 0
     assert len(list((tmp_path / "many").glob("0*/image_rank_00[12].png"))) == 6
+    code, said = sample(places / "base", "--prompt", "a red circle", "--out", tmp_path / "gif", "--format", "gif", *judge)
+    assert code == 1 and "png or jpg" in said and not list((tmp_path / "gif").iterdir())  # said before anything is drawn
 
 
 @pytest.mark.parametrize(("words", "message"), [
@@ -161,6 +163,7 @@ def test_the_best_candidates_are_kept(places, tmp_path):
     (("--part", "3/2"), "the first number is at least 1"),
     (("--candidates", 2, "--rank-model", "ViT-L/15"), "there is no CLIP 'ViT-L/15': did you mean ViT-L-1"),
     (("--format", "gif"), "pictures are written as png or jpg"),
+    (("--clip", "nowhere"), "nowhere"),
     (("--prompts", "none.txt"), "--prompts none.txt cannot be read"),
 ])
 def test_bad_input_gets_one_clear_error(places, tmp_path, words, message):
