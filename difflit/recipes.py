@@ -40,7 +40,10 @@ from .data import DataError, Sample, Source, caption_grid, collate, image_tensor
 from .diagnostics import part_groups, part_norms, peak_flops, qk_gradients, step_flops
 from .diffusion import Diffusion
 from .encoders import CaptionReader, Encoders, imported_suffix, is_latent, latent_network, open_encoders
-from .evaluation import alignment, digit_agreement, gallery_of, nearest_caption_agreement, restoration, share_score, train_digit_classifier
+from .neighbours import gallery_of, nearest_caption_agreement
+from .oracles import alignment, digit_agreement, train_digit_classifier
+from .scores import share_score
+from .similarity import restoration
 from .files import atomic_write, read_json, require_room, write_json
 from .filling import FillReport
 from .generation import draw, load_pipeline, shown_to

@@ -22,7 +22,7 @@ from PIL import Image
 
 from .cached import CachedLoader, CachedSource, TableSource
 from .data import Picture, Source, caption_grid, collate, image_tensor, square, to_images
-from .evaluation import neighbour_figure
+from .neighbours import neighbour_figure
 from .files import read_json
 from .filling import FillReport
 from .latent import Autoencoder

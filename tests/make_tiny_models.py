@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from difflit.data import image_tensor
-from difflit.evaluation import psnr
+from difflit.similarity import psnr
 from difflit.randomness import integers, normal
 from difflit.sources import BACKGROUNDS, COLOURS, POSITIONS, RELATIONS, SHAPES, Scene, ShapesSource, position_word, relation_word, size_word
 from difflit.text import trimmed_tokenizer

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from difflit.config import resolve
-from difflit.evaluation import judge_scene, read_scenes
+from difflit.oracles import judge_scene, read_scenes
 from difflit.generation import clip_steering, draw
 from difflit.recipes import prepare, train_job
 from difflit.runs import finish, open_run

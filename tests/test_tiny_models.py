@@ -9,7 +9,7 @@ from make_tiny_models import LENGTH, OUT, UNET, WIDTH, latents_of, pictures, que
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from difflit.diffusion import make_betas
-from difflit.evaluation import alignment
+from difflit.oracles import alignment
 from difflit.sources import ShapesSource
 from difflit.text import clip_tokenizer
 
