@@ -337,7 +337,7 @@ def fail(
     _end(run, "failed", reason)
 
 # %% ../nbs/03_runs.ipynb #2022ad07
-def _choose_path(given: Mapping[str, Any], world: int) -> tuple[Path, str]:
+def _choose_path(given: Mapping[str, Any], world: int, usual: str = "shapes") -> tuple[Path, str]:
     "The run directory and the resume mode from raw parameters."
     resume = str(_plain(given.get("resume"), numbers=False) or "never")
     run_dir = _plain(given.get("run_dir"), numbers=False)
@@ -349,7 +349,7 @@ def _choose_path(given: Mapping[str, Any], world: int) -> tuple[Path, str]:
     if run_dir is None:
         if world > 1:
             raise SettingsError("several processes need one run_dir that all of them know: give run_dir=PATH")
-        stamp, preset = datetime.now().strftime("%Y%m%d-%H%M%S"), _plain(given.get("preset"), numbers=False) or "shapes"
+        stamp, preset = datetime.now().strftime("%Y%m%d-%H%M%S"), _plain(given.get("preset"), numbers=False) or usual
         base = Path("runs") / f"{stamp}-{preset}"
         run_dir = next(p for p in [base, *(base.with_name(f"{base.name}-{i}") for i in range(2, 1000))] if not p.exists())
     return Path(str(run_dir)), resume
@@ -387,19 +387,20 @@ def open_run(
     report = given.pop("PAPERMILL_OUTPUT_PATH", None)
     given.pop("PAPERMILL_INPUT_PATH", None)
     rank, world = rank_and_world()
-    path, resume = _choose_path(given, world)
+    usual = "shapes" if "preset" in cls.model_fields else kind  # a job without a preset is named after what it does
+    path, resume = _choose_path(given, world, usual)
     opened = _await_rank_0(path) if rank else {}
     before = read_status(path) if rank == 0 else None
     if before and resume == "never":
         raise RunError(f"{path} already holds a run ({before['state']}, step {before.get('step', 0)}); give resume=auto to go on with it, or another run_dir")
-    run = Run(path, kind, str(given.get("preset", "shapes")))
+    run = Run(path, kind, str(given.get("preset", usual)))
     run.resumed = opened.get("resumed", resume != "never" and (path / "settings.yaml").exists())
     _begin(run)
     try:
         saved = path / "settings.yaml" if run.resumed else None
         run.earlier = saved.read_text(encoding="utf-8") if saved and run.main else None
         run.settings = resolve(given, file=file or saved, cls=cls)
-        run.note(preset=run.settings.preset)
+        run.note(preset=getattr(run.settings, "preset", usual))
         if run.main:
             atomic_write(path / "settings.yaml", settings_yaml(run.settings))
             write_json(path / "environment.json", environment_record() | ({"report": str(report)} if report else {}))
