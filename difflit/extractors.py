@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['EXTRACTORS', 'IMAGENET', 'INCEPTION_FILE', 'check_images', 'quantised', 'Extractor', 'extractor', 'get_extractor',
            'pixels_extractor', 'random_extractor', 'module_extractor', 'weights_file', 'inception_extractor',
-           'dinov2_extractor', 'clip_extractor', 'descriptor_extractor', 'describe_images']
+           'dinov2_extractor', 'clip_extractor', 'sscd_extractor', 'describe_images']
 
-# %% ../nbs/61_extractors.ipynb #6d81f02c
+# %% ../nbs/61_extractors.ipynb #76d50612
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from .config import SettingsError, nearest
 from .data import DataError
-from .pipelines import find_model
+from .pipelines import _quiet, find_model
 from .precision import choose_device
 from .randomness import normal
 from .reranking import load_scorer
 
-# %% ../nbs/61_extractors.ipynb #d53ed88f
+# %% ../nbs/61_extractors.ipynb #4453f7d0
 def check_images(
     images: Tensor,  # should be [N, 3, H, W], in −1…1
     what: str = "the pictures",  # for the message
@@ -55,7 +55,7 @@ def quantised(
     "Pictures as a file holds them."
     return images.float().clamp(-1, 1).add(1).mul(127.5).round().byte()
 
-# %% ../nbs/61_extractors.ipynb #6a9d2b31
+# %% ../nbs/61_extractors.ipynb #9eea35bd
 @dataclass
 class Extractor:
     "What turns pictures into features."
@@ -125,7 +125,7 @@ def get_extractor(
         raise SettingsError(f"there is no extractor {name!r}{nearest(name, EXTRACTORS)}")
     return EXTRACTORS[name](weights, choose_device(device))
 
-# %% ../nbs/61_extractors.ipynb #e3382147
+# %% ../nbs/61_extractors.ipynb #ebb65fea
 def _shrunk(images: Tensor, side: int) -> Tensor:
     "Bytes as −1…1 at a side of so many pixels, by the mean over areas."
     return F.interpolate(images.float().div(127.5).sub(1), (side, side), mode="area").flatten(1)
@@ -155,7 +155,7 @@ def random_extractor(
     function = lambda images: F.relu(_shrunk(images, 16) @ _directions(64, 768).T.to(images.device) * 8)
     return Extractor("random", "64 fixed random projections of 16 × 16 area means, rectified; 8 bits", function, 64)
 
-# %% ../nbs/61_extractors.ipynb #5de7ad22
+# %% ../nbs/61_extractors.ipynb #89f03e2d
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -185,7 +185,7 @@ def module_extractor(
     looks = f"{size} px by bicubic with antialiasing" if size else "the pictures' own size"
     return Extractor(called, f"{called}, {looks}; 8 bits", function, width, network)
 
-# %% ../nbs/61_extractors.ipynb #7c028dcd
+# %% ../nbs/61_extractors.ipynb #a3df4085
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 _INCEPTION_FROM = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/" + INCEPTION_FILE
 
@@ -239,7 +239,7 @@ def inception_extractor(
     protocol = f"Inception of 2015 (weights {digest}{known}), 299 px by TensorFlow's bilinear resize, pool of 2048; 8 bits"
     return Extractor("inception", protocol, lambda images: network(images)[0], 2048, network, lambda images: network(images)[1])
 
-# %% ../nbs/61_extractors.ipynb #6fead50a
+# %% ../nbs/61_extractors.ipynb #0edb63a6
 @extractor("dinov2")
 def dinov2_extractor(
     weights: str | Path | None = None,  # a folder, or a name of the hub in its cache; None: facebook/dinov2-base
@@ -250,7 +250,8 @@ def dinov2_extractor(
 
     path = find_model(weights or "facebook/dinov2-base")
     try:
-        network = Dinov2Model.from_pretrained(path, use_safetensors=True).to(device).eval()
+        with _quiet():
+            network = Dinov2Model.from_pretrained(path, use_safetensors=True).to(device).eval()
     except Exception as error:  # no config, another network, a damaged file
         raise SettingsError(f"{path} cannot be read as DINOv2: {str(error).strip().partition(chr(10))[0][:200]}") from None
 
@@ -282,23 +283,23 @@ def clip_extractor(
     return Extractor("clip", f"CLIP {scorer.name}, {scorer.size} px by bicubic with antialiasing; 8 bits", function, width, scorer.model)
 
 
-@extractor("descriptor")
-def descriptor_extractor(
+@extractor("sscd")
+def sscd_extractor(
     weights: str | Path | None = None,  # a TorchScript file, such as sscd_disc_mixup.torchscript.pt
     device: torch.device | None = None,  # where it looks
 ) -> Extractor:  # 512 numbers of SSCD
-    "A descriptor of copies from a TorchScript file, at 288 px as SSCD (Pizzi et al. 2022) wants it."
+    "SSCD (Pizzi et al. 2022), or another descriptor of copies, from a TorchScript file; 288 px."
     usual, source = "sscd_disc_mixup.torchscript.pt", "https://github.com/facebookresearch/sscd-copy-detection"
     path = weights_file(weights, usual, source)
     try:
         network = torch.jit.load(str(path), map_location=device)
     except RuntimeError as error:
         raise SettingsError(f"{path} is no TorchScript file: {str(error).strip().partition(chr(10))[0][:150]}") from None
-    made = module_extractor(network, 288, name="descriptor", device=str(device or "auto"))
+    made = module_extractor(network, 288, name="sscd", device=str(device or "auto"))
     made.protocol = f"{path.name} at 288 px by bicubic with antialiasing; 8 bits"
     return made
 
-# %% ../nbs/61_extractors.ipynb #539f6506
+# %% ../nbs/61_extractors.ipynb #b78792d2
 def describe_images(
     extract: Extractor,  # what looks
     batches: Iterable[Tensor],  # [B, 3, H, W] in −1…1, one after another

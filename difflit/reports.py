@@ -30,6 +30,7 @@ from .loading import Loader, MixedSource
 from .models import count_parameters, flops_per_image, lr_scales, parameter_table, parts_table
 from .job_data import sound_samples
 from .recipes import Judged, TrainingJob, rate_factors, read_damaged, task_name
+from .scores import score_text
 from .selection import ShardSource, statistics_picture
 from .tracking import read_metrics
 
@@ -268,9 +269,11 @@ def scores_table(
     if not scores:
         return "This kind of data has no scorer: the pictures speak for themselves. Register one with `difflit.recipes.scorer`."
     lines = ["| score | value | 95 % interval | images |", "|---|---|---|---|"]
-    lines += [f"| {name} | **{s['value']:.3f}** | {s['low']:.3f} – {s['high']:.3f} | {s['n']} |" for name, s in scores.items()]
-    protocol = next(iter(scores.values()))["protocol"]
-    return "\n".join(lines) + f"\n\n{protocol}"
+    for name, score in scores.items():
+        value, _, ends = score_text(score).partition(" (")
+        lines.append(f"| {name} | **{value}** | {ends.rpartition(', n=')[0]} | {score['n']} |")
+    protocols = list(dict.fromkeys(str(score["protocol"]) for score in scores.values()))
+    return "\n".join([*lines, "", *(protocols if len(protocols) == 1 else [f"- {protocol}" for protocol in protocols])])
 
 # %% ../nbs/72_reports.ipynb #fd2162b5
 def data_figure(
