@@ -92,7 +92,7 @@ class JobSettings(Settings):
     "What every kind of job has."
 
     seed: int = Field(0, ge=0, lt=2**63, description="of every random draw of the run")
-    run_dir: str | None = Field(None, description="where the run lives (None: runs/<time>-<preset>)")
+    run_dir: str | None = Field(None, description="where the run lives (None: runs/<time>-<preset>, or the kind of job)")
     resume: str = Field("never", description="never, auto (go on if run_dir holds a run), or a checkpoint's path")
     precision: Literal["auto", "fp32", "bf16", "fp16", "pure-bf16", "bf16-master", "fp16-master"] = Field(
         "auto", description="number format; fp32, bf16, fp16: of the arithmetic over fp32 weights; pure-bf16, …-master: of the weights too; averages stay fp32")
@@ -270,7 +270,7 @@ class TrainSettings(SurvivalSettings):
     score_images: int = Field(256, ge=0, description="images generated for the scores at the end; 0 scores nothing")
     upsampler: str | None = Field(None, description="a trained upsampler that enlarges the final pictures (None: they stay as they are)")
     judge_every_steps: int | None = Field(None, ge=1, description="draw held-out prompts and score them against held-out pictures (None: never)")
-    judge_images: int = Field(128, ge=16, description="pictures drawn each time that is done")
+    judge_images: int = Field(128, ge=20, description="pictures drawn each time that is done")
     judge_seconds: float | None = Field(None, gt=0, description="time for drawing and judging each time; fewer pictures when it is over (None: no limit)")
     extractors: str = Field("random", description="what judges look with: random, inception, dinov2, clip, NAME is FILE with an equals sign between; commas")
     clip: str | None = Field(None, description="CLIP for the fit of pictures to prompts: ViT-B/32:openai, ViT-L/14:FILE (None: it is not measured)")
@@ -318,11 +318,10 @@ class AuditSettings(JudgeSettings):
     images: int = Field(256, ge=1, description="pictures drawn, of training captions")
     prompts: str | None = Field(None, description="a file with one prompt a line (None: training captions)")
     held_out_images: int = Field(256, ge=1, description="real pictures that the model never saw, for the control")
-    methods: str = Field("auto", description="how copies are looked for, commas between; auto: ratio, carlini_small, and descriptors where there are some")
+    compared: int = Field(50_000, ge=2, description="training pictures at most that the drawn ones are held against, the first ones")
+    methods: str = Field("auto", description="tests for copies, commas between: ratio, carlini_small, carlini_tiled, cosine_check, your own; auto: these four")
     descriptor: str | None = Field(None, description="what copies are told by: sscd with FILE behind an equals sign, dinov2, random … (None: pixels alone)")
     deduplicate: bool = Field(True, description="leave copies out of the training set first; else a copied pair hides a copier")
-    signals: bool = Field(True, description="also look at the network's own signs: text-conditional noise, entropy of attention to words")
-    other_half: str | None = Field(None, description="a model trained on the other half of the data, for the test of two halves")
     perturb: bool = Field(True, description="measure how much noise a copy may have and still be found")
 
 # %% ../nbs/00_config.ipynb #44a0b7a4
@@ -565,10 +564,10 @@ def resolve(
         if name not in cls.model_fields and not (begins and name in TrainSettings.model_fields):
             raise SettingsError(f"{name!r} is not a setting of {cls.__name__}{nearest(name, cls.model_fields)}")
     name = asked.get("preset", cls.model_fields["preset"].default) if begins else None
-    if begins and name not in PRESETS:
+    if name is not None and name not in PRESETS:
         raise SettingsError(f"there is no preset {name!r}{nearest(str(name), PRESETS)}")
     values: dict[str, Any] = {}
-    for layer in [PRESETS[name]() if begins else {}, *layers]:
+    for layer in [{} if name is None else PRESETS[name](), *layers]:
         if "steps" in layer and "epochs" not in layer:
             values.pop("epochs", None)
         if "epochs" in layer and "steps" not in layer:

@@ -125,7 +125,7 @@ def get_extractor(
         raise SettingsError(f"there is no extractor {name!r}{nearest(name, EXTRACTORS)}")
     return EXTRACTORS[name](weights, choose_device(device))
 
-# %% ../nbs/61_extractors.ipynb #ebb65fea
+# %% ../nbs/61_extractors.ipynb #c045ed74
 def _shrunk(images: Tensor, side: int) -> Tensor:
     "Bytes as −1…1 at a side of so many pixels, by the mean over areas."
     return F.interpolate(images.float().div(127.5).sub(1), (side, side), mode="area").flatten(1)
@@ -152,7 +152,7 @@ def random_extractor(
     device: Any = None,  # works where the pictures are
 ) -> Extractor:  # 64 numbers
     "64 fixed random projections of the picture at 16 × 16, rectified; needs no weights."
-    function = lambda images: F.relu(_shrunk(images, 16) @ _directions(64, 768).T.to(images.device) * 8)
+    function = lambda images: F.relu(_shrunk(images, 16) @ _directions(64, 768).T.to(images.device))
     return Extractor("random", "64 fixed random projections of 16 × 16 area means, rectified; 8 bits", function, 64)
 
 # %% ../nbs/61_extractors.ipynb #89f03e2d
@@ -239,7 +239,7 @@ def inception_extractor(
     protocol = f"Inception of 2015 (weights {digest}{known}), 299 px by TensorFlow's bilinear resize, pool of 2048; 8 bits"
     return Extractor("inception", protocol, lambda images: network(images)[0], 2048, network, lambda images: network(images)[1])
 
-# %% ../nbs/61_extractors.ipynb #0edb63a6
+# %% ../nbs/61_extractors.ipynb #a584b7ee
 @extractor("dinov2")
 def dinov2_extractor(
     weights: str | Path | None = None,  # a folder, or a name of the hub in its cache; None: facebook/dinov2-base
@@ -251,7 +251,7 @@ def dinov2_extractor(
     path = find_model(weights or "facebook/dinov2-base")
     try:
         with _quiet():
-            network = Dinov2Model.from_pretrained(path, use_safetensors=True).to(device).eval()
+            network = Dinov2Model.from_pretrained(path, use_safetensors=True).to(device).eval()  # type: ignore[arg-type]
     except Exception as error:  # no config, another network, a damaged file
         raise SettingsError(f"{path} cannot be read as DINOv2: {str(error).strip().partition(chr(10))[0][:200]}") from None
 

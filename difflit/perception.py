@@ -572,6 +572,20 @@ class Lpips(nn.Module):
                 total = total + torch.einsum("bchw,c->bhw", (a - b).square(), self.linear[_DEPTHS.index(i)]).flatten(1).mean(1)
         return total
 
+    def embed(
+        self,
+        pictures: Tensor,  # [B, 3, H, W] in −1…1, sides of 16 or more
+    ) -> Tensor:  # [B, E]; the squared distance of two rows is the LPIPS of their pictures
+        "Features weighted by the roots of LPIPS's weights, so that many pictures are compared and each is looked at once. The weights must not be negative."
+        x, rows = (pictures - self.means) / self.stds, []
+        for i, layer in enumerate(self.features):
+            x = layer(x)
+            if i in _DEPTHS:
+                unit = x / (x.square().sum(1, keepdim=True) + 1e-8).sqrt()
+                weight = (self.linear[_DEPTHS.index(i)] / (x.shape[2] * x.shape[3])).sqrt()
+                rows.append((unit * weight[:, None, None]).flatten(1))
+        return torch.cat(rows, 1)
+
 # %% ../nbs/30_perception.ipynb #5f663716
 def _lpips_files() -> tuple[Path, Path]:
     "Where the two files lie if somebody fetched them."

@@ -109,14 +109,14 @@ def test_papermill_understands_every_parameter():
     """What papermill cannot parse it calls unknown, and leaves out of --help-notebook: an equals sign in a comment is enough."""
     from papermill.translators import PythonTranslator
 
-    from difflit.config import FillSettings, TrainSettings, parameters_cell
+    from difflit.config import AuditSettings, EvaluateSettings, FillSettings, TrainSettings, parameters_cell
 
-    for kind in (TrainSettings, FillSettings):
+    for kind in (TrainSettings, FillSettings, EvaluateSettings, AuditSettings):
         known = {parameter.name for parameter in PythonTranslator.inspect({"source": parameters_cell(kind)})}
         assert known == set(kind.model_fields)
 
 
-@pytest.mark.parametrize("name, kind", [("train", "TrainSettings"), ("precompute", "FillSettings")])
+@pytest.mark.parametrize("name, kind", [("train", "TrainSettings"), ("precompute", "FillSettings"), ("evaluate", "EvaluateSettings"), ("audit", "AuditSettings")])
 def test_parameters_of_run_notebooks_are_the_settings(name, kind):
     from difflit import config
 
