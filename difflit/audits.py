@@ -100,6 +100,16 @@ class Audit:
     sharpness: dict[str, dict[float, dict[str, Any]]] = field(default_factory=dict)  # from `perturbation_test`
 
 
+def _detect(found: Audit, held_out: Tensor | None, descriptor: Extractor) -> None:
+    "Copy detection by a descriptor, with its background."
+    known = descriptor(found.training)
+    found.copies["copy_detection"] = detected = copy_detection(descriptor(found.images), known)
+    found.scores["copy_detection"] = {**detected.score(), "protocol": f"{descriptor.protocol}; {detected.score()['protocol']}"}
+    if held_out is not None:
+        found.scores["copy_detection.held_out"] = copy_detection(descriptor(held_out), known).score()
+    found.background = background(known)
+
+# %% ../nbs/69_audits.ipynb #9076d8f4
 def audit(
     candidate: Candidate,  # a model, or a folder of pictures
     questions: Sequence[Question],  # see `ask`; usually training captions
@@ -134,16 +144,6 @@ def audit(
         atomic_write(Path(folder) / "closest.png", closest_figure(found, next(iter(copies)), 16).png())
         shutil.rmtree(parts, ignore_errors=True)
     return found
-
-
-def _detect(found: Audit, held_out: Tensor | None, descriptor: Extractor) -> None:
-    "Copy detection by a descriptor, with its background."
-    known = descriptor(found.training)
-    found.copies["copy_detection"] = detected = copy_detection(descriptor(found.images), known)
-    found.scores["copy_detection"] = {**detected.score(), "protocol": f"{descriptor.protocol}; {detected.score()['protocol']}"}
-    if held_out is not None:
-        found.scores["copy_detection.held_out"] = copy_detection(descriptor(held_out), known).score()
-    found.background = background(known)
 
 # %% ../nbs/69_audits.ipynb #a9adba96
 def is_copying(
@@ -187,7 +187,7 @@ def audit_table(
         lines.append("- similarity of each training picture to its best other one: " + ", ".join(f"{v:.3f} at {q:.0%}" for q, v in found.background.items()))
     return "\n".join(lines)
 
-
+# %% ../nbs/69_audits.ipynb #8b2b8d99
 def closest_figure(
     found: Audit,  # from `audit`
     name: str,  # of a test

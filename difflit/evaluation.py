@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROMPT_SETS', 'MEASURES', 'prompt_set', 'Question', 'ask', 'Candidate', 'folder_candidate', 'model_candidate',
-           'short_name', 'expand', 'open_candidate', 'measure', 'aligned', 'all_right', 'Panel', 'make_panel',
-           'called_to', 'Card', 'judge', 'set_scores', 'Evaluation', 'evaluate', 'side_by_side', 'is_lower_better',
+           'short_name', 'expand', 'open_candidate', 'is_lower_better', 'measure', 'aligned', 'all_right', 'set_scores',
+           'Panel', 'make_panel', 'called_to', 'Card', 'judge', 'Evaluation', 'evaluate', 'side_by_side',
            'scorecard_table', 'by_prompt', 'best_and_worst', 'curve_figure']
 
 # %% ../nbs/68_evaluation.ipynb #36660cd4
@@ -241,6 +241,16 @@ def open_candidate(
         return folder_candidate(here, image_size or min(Image.open(sorted(pictures)[0]).size))
     return model_candidate(path, **{name: value for name, value in drawing.items() if value is not None})
 
+# %% ../nbs/68_evaluation.ipynb #964fc773
+_LOWER = ("fd", "kid", "restoration.plain")
+
+
+def is_lower_better(
+    name: str,  # of a score
+) -> bool:
+    "Whether a score is a distance."
+    return name.startswith(_LOWER)
+
 # %% ../nbs/68_evaluation.ipynb #55f991d2
 MEASURES: dict[str, Callable[[Tensor, list[str]], Tensor]] = {}
 
@@ -275,6 +285,35 @@ def all_right(
 ) -> Tensor:  # [N], 1 where every told attribute is right, else 0
     "As `aligned`, all or nothing. Raises `DataError`."
     return (aligned(images, prompts) == 1).float()
+
+# %% ../nbs/68_evaluation.ipynb #cc190c85
+def set_scores(
+    rows: Tensor,  # [N, D], features of drawn pictures
+    reference: Tensor | None,  # [M, D], of real ones; None: only what needs none
+    extract: Extractor,  # that made both
+    about: str = "the reference",  # what the real ones are, in words
+    logits: Tensor | None = None,  # [N, classes], for the Inception score
+) -> tuple[dict[str, dict[str, Any]], list[str]]:  # scores by name, and what was left out
+    "All set metrics that so many pictures can bear."
+    words = f"{extract.protocol}; against {about}"
+    wanted: dict[str, Callable[[], dict[str, Any]]] = {"vendi": lambda: vendi_score(rows, extract.protocol)}
+    if logits is not None:
+        wanted["is"] = lambda: inception_score(logits, extract.protocol)
+    if reference is not None:
+        wanted["fd"] = lambda: frechet_score(moments_of(rows), moments_of(reference, 1), words)
+        wanted["fd_infinity"] = lambda: frechet_infinity(moments_of(rows), moments_of(reference, 1), words)
+        wanted["kid"] = lambda: kernel_score(rows, reference, words)
+        wanted["precision recall"] = lambda: precision_recall(rows, reference, protocol=words)
+        wanted["density coverage"] = lambda: density_coverage(rows, reference, protocol=words)
+    scores, notes = dict[str, dict[str, Any]](), list[str]()
+    for name, compute in wanted.items():
+        try:
+            made = compute()
+        except DataError as error:
+            notes.append(f"{name}.{extract.name} is left out: {error}")
+            continue
+        scores |= {f"{name}.{extract.name}": made} if "value" in made else {f"{each}.{extract.name}": score for each, score in made.items()}
+    return scores, notes
 
 # %% ../nbs/68_evaluation.ipynb #7afb4fa6
 @dataclass
@@ -438,35 +477,6 @@ def judge(
     return _card(candidate, list(questions[:done]), rows, panel, notes)
 
 # %% ../nbs/68_evaluation.ipynb #24e31cb3
-def set_scores(
-    rows: Tensor,  # [N, D], features of drawn pictures
-    reference: Tensor | None,  # [M, D], of real ones; None: only what needs none
-    extract: Extractor,  # that made both
-    about: str = "the reference",  # what the real ones are, in words
-    logits: Tensor | None = None,  # [N, classes], for the Inception score
-) -> tuple[dict[str, dict[str, Any]], list[str]]:  # scores by name, and what was left out
-    "All set metrics that so many pictures can bear."
-    words = f"{extract.protocol}; against {about}"
-    wanted: dict[str, Callable[[], dict[str, Any]]] = {"vendi": lambda: vendi_score(rows, extract.protocol)}
-    if logits is not None:
-        wanted["is"] = lambda: inception_score(logits, extract.protocol)
-    if reference is not None:
-        wanted["fd"] = lambda: frechet_score(moments_of(rows), moments_of(reference, 1), words)
-        wanted["fd_infinity"] = lambda: frechet_infinity(moments_of(rows), moments_of(reference, 1), words)
-        wanted["kid"] = lambda: kernel_score(rows, reference, words)
-        wanted["precision recall"] = lambda: precision_recall(rows, reference, protocol=words)
-        wanted["density coverage"] = lambda: density_coverage(rows, reference, protocol=words)
-    scores, notes = dict[str, dict[str, Any]](), list[str]()
-    for name, compute in wanted.items():
-        try:
-            made = compute()
-        except DataError as error:
-            notes.append(f"{name}.{extract.name} is left out: {error}")
-            continue
-        scores |= {f"{name}.{extract.name}": made} if "value" in made else {f"{each}.{extract.name}": score for each, score in made.items()}
-    return scores, notes
-
-
 def _card(candidate: Candidate, questions: list[Question], rows: dict[str, Tensor], panel: Panel, notes: list[str]) -> Card:
     "Scores from what was kept."
     scores: dict[str, dict[str, Any]] = {}
@@ -558,16 +568,6 @@ def side_by_side(
     return caption_grid([p if p.width == side else p.resize((side, side)) for p in rows], captions, columns=count, inches=inches)
 
 # %% ../nbs/68_evaluation.ipynb #bf1f648e
-_LOWER = ("fd", "kid", "restoration.plain")
-
-
-def is_lower_better(
-    name: str,  # of a score
-) -> bool:
-    "Whether a score is a distance."
-    return name.startswith(_LOWER)
-
-
 def scorecard_table(
     found: Evaluation,  # from `evaluate`
 ) -> str:  # Markdown

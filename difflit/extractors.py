@@ -95,7 +95,7 @@ class Extractor:
             raise DataError(f"{self.name} answers {len(bad)} of {len(rows)} pictures with NaN or infinity, first number {int(bad[0])}")
         return rows.clone()  # an ordinary tensor again
 
-
+# %% ../nbs/61_extractors.ipynb #a57b3a0b
 EXTRACTORS: dict[str, Callable[..., Extractor]] = {}
 
 

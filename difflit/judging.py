@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['run_of', 'trained_on', 'split_of', 'evaluate_job', 'audit_job']
 
-# %% ../nbs/73_judging.ipynb #49ce8056
+# %% ../nbs/73_judging.ipynb #bc63111b
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from .memorization import COPY_METHODS
 from .randomness import permute
 from .runs import Run
 
-# %% ../nbs/73_judging.ipynb #8ddd5344
+# %% ../nbs/73_judging.ipynb #b12db31b
 def run_of(
     path: str | Path,  # a run, a checkpoint, a file in it, or anything else
 ) -> Path | None:  # the run directory
@@ -58,7 +58,7 @@ def split_of(
         return None
     return source if len(source) else None
 
-# %% ../nbs/73_judging.ipynb #7d53427c
+# %% ../nbs/73_judging.ipynb #ea7bcd2d
 def _how(settings: JudgeSettings) -> dict[str, Any]:
     "How models draw when they are told how."
     asked = {"sampler": settings.sampler, "steps": settings.sampler_steps, "spacing": settings.spacing, "guidance": settings.guidance}
@@ -83,6 +83,7 @@ def evaluate_job(
     "Judge models as the settings say; writes scores.json, values.json, grid.png. Raises `SettingsError` or `DataError`."
     s = run.settings
     models = expand(s.models)
+    prompts = [] if s.prompts == "validation" else prompt_set(s.prompts)  # before anything is loaded
     needs = s.prompts == "validation" or s.reference_images > 0
     data = trained_on(s, models) if needs else None
     held = split_of(data, "validation") if data is not None else None
@@ -90,10 +91,7 @@ def evaluate_job(
     size = s.image_size or first.image_size or (data.image_size if data else 32)
     if s.prompts == "validation":
         asked = held or split_of(data, "train")  # type: ignore[arg-type]
-        captions = _some_captions(asked, s.prompt_images, s.seed)  # type: ignore[arg-type]
-        prompts = captions
-    else:
-        prompts = prompt_set(s.prompts)
+        prompts = _some_captions(asked, s.prompt_images, s.seed)  # type: ignore[arg-type]
     known = ["alignment", "all right"] if data is not None and data.data == "shapes" and s.prompts == "validation" else []
     wanted = known if s.measures == "auto" else [m.strip() for m in s.measures.split(",") if m.strip() not in ("", "none")]
     reference = (held or split_of(data, "train")) if data is not None and s.reference_images else None
@@ -103,7 +101,7 @@ def evaluate_job(
     others = [first, *models[1:]]
     return evaluate(others, ask(prompts, s.per_prompt, s.seed), panel, run.path, part=s.part, seconds=s.seconds, told=told, image_size=size, **_how(s))
 
-# %% ../nbs/73_judging.ipynb #05c67489
+# %% ../nbs/73_judging.ipynb #d63735b9
 def audit_job(
     run: Run,  # opened with `AuditSettings`
     told: Any = None,  # told how many pictures are drawn, of how many

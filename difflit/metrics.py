@@ -248,7 +248,7 @@ class FrechetDistances:
         "The distance of all groups, with its interval."
         return jackknife_score(self.merged(self.generated.groups)[0], self.merged(self.generated.groups - 1), self.generated.n, protocol)
 
-
+# %% ../nbs/62_metrics.ipynb #645ee5fe
 def _told(protocol: str, distances: FrechetDistances, what: str = "FD") -> str:
     "The protocol with what the number depends on besides."
     n, m, d = distances.generated.n, distances.reference.n, distances.generated.dimensions

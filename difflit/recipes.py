@@ -40,12 +40,7 @@ from .data import DataError, Sample, Source, caption_grid, collate, image_tensor
 from .diagnostics import part_groups, part_norms, peak_flops, qk_gradients, step_flops
 from .diffusion import Diffusion
 from .encoders import CaptionReader, Encoders, imported_suffix, is_latent, latent_network, open_encoders
-from .evaluation import Candidate, Panel, Question, judge, make_panel
-from .memorization import ratio
-from .neighbours import duplicates, gallery_of, nearest_caption_agreement
-from .oracles import alignment, digit_agreement, train_digit_classifier
-from .scores import share_score
-from .similarity import restoration
+from .evaluation import Panel
 from .files import atomic_write, read_json, require_room, write_json
 from .filling import FillReport
 from .generation import draw, load_pipeline, shown_to
@@ -59,7 +54,7 @@ from .losses import forget_terms, parse_terms
 from .optimizers import make_optimizer, make_schedule
 from .precision import Precision, choose_device, choose_precision
 from .processes import Ranks, is_sharded, join_processes, shard
-from .randomness import normal, permute
+from .randomness import normal
 from .runs import Run, fail, finish, rank_and_world, skip_later_cells
 from .samplers import get_sampler
 from .spacing import sigma_steps
@@ -69,9 +64,19 @@ from .stopping import EarlyStopping, OutOfTime, Stopper, make_stopper
 from .streams import Glimpse, StreamLoader
 from .tasks import Task, create_task
 from .text import TextCache, Tokenizer, clip_tokenizer, glide_tokenizer, trimmed_tokenizer, weights_digest
-from .tracking import LiveView, Tracker, add_columns, close, flush, log_image, log_scores, parse_sinks, record
+from .tracking import LiveView, Tracker, close, flush, log_image, log_scores, parse_sinks, record
 from .training import LOOP_COLUMNS, Hook, TrainingError, TrainState, load_state, save_state, train
 from .weights import glide_diffusion, load_glide
+
+# %% ../nbs/71_recipes.ipynb #c5024a38
+from .evaluation import Candidate, Question, judge, make_panel
+from .memorization import ratio
+from .neighbours import duplicates, gallery_of, nearest_caption_agreement
+from .oracles import alignment, digit_agreement, train_digit_classifier
+from .randomness import permute
+from .scores import share_score
+from .similarity import restoration
+from .tracking import add_columns
 
 # %% ../nbs/71_recipes.ipynb #bf59b951
 def make_tokenizer(

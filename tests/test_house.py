@@ -116,7 +116,10 @@ def test_papermill_understands_every_parameter():
         assert known == set(kind.model_fields)
 
 
-@pytest.mark.parametrize("name, kind", [("train", "TrainSettings"), ("precompute", "FillSettings"), ("evaluate", "EvaluateSettings"), ("audit", "AuditSettings")])
+JOBS = {"train": "TrainSettings", "precompute": "FillSettings", "evaluate": "EvaluateSettings", "audit": "AuditSettings"}
+
+
+@pytest.mark.parametrize("name, kind", [*JOBS.items()])
 def test_parameters_of_run_notebooks_are_the_settings(name, kind):
     from difflit import config
 
