@@ -33,7 +33,7 @@ from .config import SettingsError, nearest
 from .data import DataError, Picture, Source, caption_grid, image_tensor, to_images
 from .extractors import Extractor, check_images, get_extractor, quantised
 from .files import atomic_write, write_json
-from .metrics import density_coverage, frechet_infinity, frechet_score, inception_score, kernel_score, moments_of, precision_recall, vendi_score
+from .metrics import Moments, density_coverage, frechet_infinity, frechet_score, inception_score, kernel_score, precision_recall, vendi_score
 from .oracles import judge_scene, read_scenes
 from .precision import choose_device
 from .reranking import Scorer, load_scorer, moved_off
@@ -300,8 +300,9 @@ def set_scores(
     if logits is not None:
         wanted["is"] = lambda: inception_score(logits, extract.protocol)
     if reference is not None:
-        wanted["fd"] = lambda: frechet_score(moments_of(rows), moments_of(reference, 1), words)
-        wanted["fd_infinity"] = lambda: frechet_infinity(moments_of(rows), moments_of(reference, 1), words)
+        moments = lambda table, groups: Moments(table.shape[1], groups).update(table, range(len(table)))
+        wanted["fd"] = lambda: frechet_score(moments(rows, 10), moments(reference, 1), words)
+        wanted["fd_infinity"] = lambda: frechet_infinity(moments(rows, 10), moments(reference, 1), words)
         wanted["kid"] = lambda: kernel_score(rows, reference, words)
         wanted["precision recall"] = lambda: precision_recall(rows, reference, protocol=words)
         wanted["density coverage"] = lambda: density_coverage(rows, reference, protocol=words)

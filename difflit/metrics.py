@@ -4,22 +4,23 @@
 
 # %% auto #0
 __all__ = ['check_features', 'Gaussian', 'Moments', 'load_moments', 'frechet_distance', 'frechet_distance_of_features',
-           'FrechetDistances', 'frechet_score', 'moments_of', 'frechet_infinity', 'kernel_score', 'inception_score',
-           'precision_recall', 'density_coverage', 'vendi_score']
+           'FrechetDistances', 'frechet_score', 'frechet_curve', 'frechet_infinity', 'frechet_scores',
+           'kernel_distance', 'kernel_score', 'inception_score', 'precision_recall', 'density_coverage', 'vendi_score']
 
-# %% ../nbs/62_metrics.ipynb #b6f9ff56
+# %% ../nbs/62_metrics.ipynb #9a06cfd8
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .config import SettingsError
 from .data import DataError
-from .randomness import uniform
+from .randomness import bits, permute
 from .scores import jackknife_score, mean_score, share_score
 
-# %% ../nbs/62_metrics.ipynb #832e0ef7
+# %% ../nbs/62_metrics.ipynb #261d887b
 def check_features(
     features: Tensor,  # [N, D], of any floating type
     name: str = "features",  # what they are, for the message
@@ -40,7 +41,14 @@ def check_features(
         raise DataError(f"{name}: {len(bad)} of {len(features)} rows hold NaN or infinite numbers (the first at position {first})")
     return features
 
-# %% ../nbs/62_metrics.ipynb #531cd920
+
+def _at_least(least: int, **settings: int) -> None:
+    "Raises `SettingsError` for a setting that is smaller."
+    for name, value in settings.items():
+        if value < least:
+            raise SettingsError(f"{name} must be at least {least}, not {value}")
+
+# %% ../nbs/62_metrics.ipynb #1e647db8
 class Gaussian(NamedTuple):
     "What the Fréchet distance sees of a set of pictures."
 
@@ -58,8 +66,7 @@ class _Groups:
         groups: int = 10,  # K; the picture at position p belongs to group p mod K
         device: str | torch.device | None = None,  # where the sums lie (needs float64); None: the CPU
     ):
-        if dimensions < 1 or groups < 1:
-            raise DataError(f"moments need at least one dimension and one group, not {dimensions} and {groups}")
+        _at_least(1, dimensions=dimensions, groups=groups)
         self.counts = torch.zeros(groups, dtype=torch.int64)  # on the CPU: asking for them must not wait for a GPU
         self.means = torch.zeros(groups, dimensions, dtype=torch.float64, device=device)
         self.scatters = torch.zeros(groups, dimensions, dimensions, dtype=torch.float64, device=device)
@@ -91,7 +98,7 @@ class _Groups:
         "Mean and covariance over all groups but one."
         return self.pooled([k for k in range(self.groups) if k != group])
 
-# %% ../nbs/62_metrics.ipynb #c6ced8b5
+# %% ../nbs/62_metrics.ipynb #ea9dc5cd
 class Moments(_Groups):
     "Mean and covariance of features, batch by batch, in float64. Memory: 8·K·D² bytes for any number of pictures. Source: Chan et al. 1979."
 
@@ -112,7 +119,7 @@ class Moments(_Groups):
         places = torch.as_tensor(positions, dtype=torch.int64).cpu()
         if places.shape != (len(features),) or bool((places < 0).any()):
             raise DataError(f"{len(features)} rows of features need as many positions, none below 0, not {places.tolist()[:4]} … ({len(places)})")
-        values = check_features(features, dimensions=self.dimensions, positions=places).to(self.means)
+        values = check_features(features, needed=0, dimensions=self.dimensions, positions=places).to(self.means)
         for group in (places % self.groups).unique().tolist():
             rows = values[(places % self.groups == group).to(values.device)]
             mean = rows.mean(0)
@@ -137,7 +144,7 @@ class Moments(_Groups):
         "What processes exchange and files keep: counts [K], means [K, D], scatters [K, D, D]; the tensors themselves, not copies."
         return {"counts": self.counts, "means": self.means, "scatters": self.scatters}
 
-# %% ../nbs/62_metrics.ipynb #165de58a
+# %% ../nbs/62_metrics.ipynb #d38de6d0
 def load_moments(
     state: Mapping[str, Tensor],  # what `Moments.state` gave: counts, means, scatters
     device: str | torch.device | None = None,  # where the sums shall lie; None: the CPU
@@ -156,24 +163,43 @@ def load_moments(
     moments.scatters.copy_(scatters)
     return moments
 
-# %% ../nbs/62_metrics.ipynb #39b85432
+# %% ../nbs/62_metrics.ipynb #8840f6c7
 def _above_rounding(values: Tensor) -> Tensor:
     "Which eigenvalues of a covariance are more than the rounding of the largest."
     return values > values.max().clamp(min=0) * len(values) * torch.finfo(values.dtype).eps
 
 
-def _factor(covariance: Tensor) -> Tensor:
-    "R [D, r] with R·Rᵀ = covariance, r its rank."
-    values, vectors = torch.linalg.eigh(covariance)
+def _factor(given: Gaussian) -> Tensor:
+    "R with R·Rᵀ = covariance: lower triangular [D, D], or [D, r] where the rank r is smaller than D."
+    if not 0 < given.n <= len(given.mean):
+        triangle, failed = torch.linalg.cholesky_ex(given.covariance)
+        if not int(failed):
+            return triangle
+    values, vectors = torch.linalg.eigh(given.covariance)
     some = _above_rounding(values)
-    return vectors[:, some] * values[some].sqrt()
+    factor = vectors[:, some] * values[some].sqrt()
+    return factor if factor.shape[1] < len(values) else torch.linalg.qr(factor.T, mode="r").R.T
 
 
-def _gaussian(given: Moments | tuple[Tensor, ...], name: str) -> Gaussian:
+def _congruence(covariance: Tensor, factor: Tensor, block: int = 256) -> Tensor:
+    "The lower half of Rᵀ·covariance·R; of a triangular R, only blocks that are not zero are multiplied."
+    d, r = factor.shape
+    if r < d:
+        return factor.T @ covariance @ factor
+    starts = range(0, d, block)
+    half = torch.cat([covariance[:, k:] @ factor[k:, k : k + block] for k in starts], 1)
+    lower = torch.zeros_like(half)
+    for k in starts:
+        lower[k : k + block, : k + block] = factor[k:, k : k + block].T @ half[k:, : k + block]
+    return lower
+
+# %% ../nbs/62_metrics.ipynb #1369a229
+def _gaussian(given: Moments | Gaussian | tuple[Tensor, ...], name: str, device: torch.device | None = None) -> Gaussian:
     "Mean and covariance, in float64; n is 0 if nobody knows."
     if isinstance(given, Moments):
-        return given.pooled()
-    mean, covariance = (torch.as_tensor(t).double() for t in given[:2])
+        mean, covariance, n = given.pooled()
+        return Gaussian(mean.to(device or mean.device), covariance.to(device or mean.device), n)
+    mean, covariance = (torch.as_tensor(t, device=device).double() for t in given[:2])
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise DataError(f"{name} need a mean [D] and a covariance [D, D], not {tuple(mean.shape)} and {tuple(covariance.shape)}")
     if not bool(mean.isfinite().all() and covariance.isfinite().all()):
@@ -185,7 +211,7 @@ def _distance(a: Gaussian, b: Gaussian, factor: Tensor) -> float:
     "Heusel et al. 2017, eq. 6; the factor is of b's covariance."
     if len(a.mean) != len(b.mean):
         raise DataError(f"features of {len(a.mean)} and of {len(b.mean)} dimensions cannot be compared: were they made by the same network?")
-    common = torch.linalg.eigvalsh(factor.T @ a.covariance @ factor) if factor.shape[1] else factor.new_zeros(1)
+    common = torch.linalg.eigvalsh(_congruence(a.covariance, factor)) if factor.shape[1] else factor.new_zeros(1)  # reads the lower half only
     cross = common[_above_rounding(common)].sqrt().sum()
     return max(0.0, float((a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross))
 
@@ -195,10 +221,13 @@ def frechet_distance(
     b: Moments | tuple[Tensor, ...],  # the same of the other pictures
 ) -> float:  # at least 0
     "Fréchet distance of two sets of pictures, or of two Gaussians. Source: Heusel et al. 2017, eq. 6. Raises `DataError` if they cannot be compared."
-    first, second = _gaussian(a, "the first pictures"), _gaussian(b, "the second pictures")
-    return _distance(first, second, _factor(second.covariance))
+    first = _gaussian(a, "the first pictures")
+    second = _gaussian(b, "the second pictures", first.mean.device)
+    if 0 < second.n <= len(second.mean) < first.n:  # a triangle costs less than an eigendecomposition, and only the second's is taken
+        first, second = second, first
+    return _distance(first, second, _factor(second))
 
-# %% ../nbs/62_metrics.ipynb #5e73042d
+# %% ../nbs/62_metrics.ipynb #f2447388
 def _centred(features: Tensor) -> tuple[Tensor, Tensor]:
     "The mean [D], and rows [at most D, D] whose rowsᵀ·rows is the covariance."
     values = features.double()
@@ -218,20 +247,20 @@ def frechet_distance_of_features(
     cross = torch.linalg.svdvals(rows @ others.T).sum()
     return max(0.0, float((mean - other_mean).square().sum() + rows.square().sum() + others.square().sum() - 2 * cross))
 
-# %% ../nbs/62_metrics.ipynb #4232223b
+# %% ../nbs/62_metrics.ipynb #9765aba3
 class FrechetDistances:
     "Distances of merged groups of generated pictures to one reference. Raises `DataError` for a group of fewer than two pictures."
 
     def __init__(
         self,
         generated: Moments,  # in K ≥ 2 groups
-        reference: Any,  # moments, or (mean, covariance), or those with the number of pictures
+        reference: Moments | Gaussian | tuple[Tensor, ...],  # moments, or (mean, covariance), or those with the number of pictures
     ):
         if generated.groups < 2 or int(generated.counts.min()) < 2:
             group, fewest = int(generated.counts.argmin()), int(generated.counts.min())
             raise DataError(f"an interval needs two groups of at least 2 pictures: there are {generated.groups} groups, number {group} has {fewest}")
-        self.generated, self.reference = generated, _gaussian(reference, "the reference")
-        self._factor, self._known = _factor(self.reference.covariance), dict[tuple[int, ...], float]()
+        self.generated, self.reference = generated, _gaussian(reference, "the reference", generated.means.device)
+        self._factor, self._known = _factor(self.reference), dict[tuple[int, ...], float]()
 
     def of(self, groups: Sequence[int]) -> float:
         "The distance of some groups taken together."
@@ -248,7 +277,7 @@ class FrechetDistances:
         "The distance of all groups, with its interval."
         return jackknife_score(self.merged(self.generated.groups)[0], self.merged(self.generated.groups - 1), self.generated.n, protocol)
 
-# %% ../nbs/62_metrics.ipynb #645ee5fe
+# %% ../nbs/62_metrics.ipynb #bea6b24e
 def _told(protocol: str, distances: FrechetDistances, what: str = "FD") -> str:
     "The protocol with what the number depends on besides."
     n, m, d = distances.generated.n, distances.reference.n, distances.generated.dimensions
@@ -268,7 +297,7 @@ def frechet_score(
     protocol: str,  # network, resizing, quantisation, data, in words
     both: bool = False,  # the reference is a sample, too (moments in groups): its variance is added
 ) -> dict[str, Any]:  # {value, low, high, n, protocol}; the interval is for what other pictures, as many, would give
-    "Fréchet distance with a jackknife interval over groups. Sources: Heusel et al. 2017, Tukey 1958. Raises `DataError` for fewer than two in a group."
+    "Fréchet distance with a jackknife interval. Sources: Heusel et al. 2017, Tukey 1958. Raises `DataError` for fewer than two pictures in a group."
     distances = FrechetDistances(generated, reference)
     score = distances.jackknife(_told(protocol, distances))
     if not both:
@@ -278,154 +307,263 @@ def frechet_score(
     other = FrechetDistances(reference, generated.pooled()).jackknife("")
     return _wider(score, score["value"], [other], f"{score['protocol']}, of both sets")
 
+# %% ../nbs/62_metrics.ipynb #414b23c6
+def frechet_curve(
+    generated: Moments,  # in K groups
+    reference: Moments | tuple[Tensor, ...],  # moments, or (mean, covariance)
+    sizes: Sequence[int] | None = None,  # how many groups are merged, each 1…K; None: all from K/5 on
+) -> tuple[list[float], list[float]]:  # numbers of pictures, and the mean distance at each
+    "Fréchet distance at several numbers of pictures. Raises `DataError` for a size that is not there."
+    return _curve(FrechetDistances(generated, reference), sizes or range(max(1, generated.groups // 5), generated.groups + 1))
 
-def moments_of(
-    features: Tensor,  # [N, D], any order
-    groups: int = 10,  # K
-) -> Moments:  # row i at position i
-    "Moments of a table that is there as a whole. Raises `DataError`."
-    return Moments(check_features(features).shape[1], groups).update(features, range(len(features)))
 
-# %% ../nbs/62_metrics.ipynb #0fbf91a4
-def _extrapolated(distances: FrechetDistances, groups: Sequence[int]) -> float:
-    "The line through distances at growing numbers of pictures, read at 1/N = 0."
-    k, points = len(groups), []
-    for size in range((k + 1) // 2, k + 1):
-        for first in range(k if size < k else 1):
-            some = [groups[(first + i) % k] for i in range(size)]
-            points.append((1 / int(distances.generated.counts[some].sum()), distances.of(some), 1 / (k if size < k else 1)))
-    x, y, weight = torch.tensor(points, dtype=torch.float64).T
-    centre, level = (weight * x).sum() / weight.sum(), (weight * y).sum() / weight.sum()
-    slope = (weight * (x - centre) * (y - level)).sum() / (weight * (x - centre).square()).sum()
-    return float(level - slope * centre)
+def _curve(distances: FrechetDistances, sizes: Sequence[int]) -> tuple[list[float], list[float]]:
+    "Numbers of pictures, and the mean distance at each."
+    groups = distances.generated.groups
+    if wrong := [size for size in sizes if not 1 <= size <= groups]:
+        raise DataError(f"of {groups} groups, 1…{groups} can be merged, not {wrong[0]}")
+    found = [distances.merged(size) for size in sizes]
+    return [distances.generated.n * size / groups for size in sizes], [sum(f) / len(f) for f in found]
+
+# %% ../nbs/62_metrics.ipynb #6c9b6c5b
+def _intercept(distances: FrechetDistances, sizes: Sequence[int] | None) -> float:
+    "Where the line over 1/N meets 0. Raises `DataError` where it would not be straight, or is no line."
+    groups = distances.generated.groups
+    numbers, found = _curve(distances, chosen := sorted(set(sizes or (groups - 1, groups))))
+    if len(chosen) < 2 or min(numbers) <= distances.generated.dimensions:
+        raise DataError(f"FD∞ needs two sizes of merged groups, of more than {distances.generated.dimensions} pictures each: there are {numbers}")
+    x, y = 1 / torch.tensor(numbers, dtype=torch.float64), torch.tensor(found, dtype=torch.float64)
+    apart = x - x.mean()
+    return float(y.mean() - (apart @ y) / (apart @ apart) * x.mean())
 
 
 def frechet_infinity(
-    generated: Moments,  # in K ≥ 4 groups
-    reference: Moments | tuple[Tensor, ...],  # as for `frechet_score`
+    generated: Moments,  # in K groups, with more than D pictures in K − 1 of them
+    reference: Moments | tuple[Tensor, ...],  # moments, or (mean, covariance), or those with the number of pictures
     protocol: str,  # network, resizing, quantisation, data, in words
-) -> dict[str, Any]:  # {value, low, high, n, protocol}; may lie below 0 by chance
-    "Fréchet distance for infinitely many pictures. Source: Chong and Forsyth 2020, sect. 3. Raises `DataError` for fewer than four groups."
-    if generated.groups < 4:
-        raise DataError(f"FD∞ needs four groups at least, there are {generated.groups}")
-    distances, everyone = FrechetDistances(generated, reference), [*range(generated.groups)]
-    others = [_extrapolated(distances, [g for g in everyone if g != k]) for k in everyone]
-    return jackknife_score(_extrapolated(distances, everyone), others, generated.n, _told(protocol, distances, "FD∞, a line in 1/N,"))
+    both: bool = False,  # the reference is a sample, too (moments in groups): its bias is taken out, its variance added
+    sizes: Sequence[int] | None = None,  # how many groups are merged; None: K − 1 and K, the best ones
+) -> dict[str, Any]:  # {value, low, high, n, protocol}; the value can be below 0 by chance
+    "Fréchet distance extrapolated to infinitely many pictures. Source: Chong and Forsyth 2020, eq. 4. Raises `DataError` for too few pictures."
+    return frechet_scores(generated, reference, protocol, both, sizes)["fd_infinity"]
 
-# %% ../nbs/62_metrics.ipynb #91c9c82b
-def _mmd(x: Tensor, y: Tensor) -> float:
-    "Unbiased MMD² with the cubic kernel. Source: Bińkowski et al. 2018, eq. 4."
-    kernel = lambda a, b: (a @ b.T / a.shape[1] + 1) ** 3
-    m, n, xx, yy = len(x), len(y), kernel(x, x), kernel(y, y)
-    return float((xx.sum() - xx.trace()) / (m * (m - 1)) + (yy.sum() - yy.trace()) / (n * (n - 1)) - 2 * kernel(x, y).mean())
+
+def frechet_scores(
+    generated: Moments,  # in K groups, with more than D pictures in K − 1 of them
+    reference: Moments | tuple[Tensor, ...],  # moments, or (mean, covariance), or those with the number of pictures
+    protocol: str,  # network, resizing, quantisation, data, in words
+    both: bool = False,  # the reference is a sample, too
+    sizes: Sequence[int] | None = None,  # how many groups are merged for the line; None: K − 1 and K
+) -> dict[str, dict[str, Any]]:  # the scores fd and fd_infinity, at the cost of one of them
+    "Fréchet distance as measured, and extrapolated. Raises `DataError` for too few pictures."
+    if both and not isinstance(reference, Moments):
+        raise DataError("both=True needs the reference as moments in groups, not as a mean and a covariance")
+    ways = [FrechetDistances(generated, reference)]
+    if both and isinstance(reference, Moments):
+        ways.append(FrechetDistances(reference, generated.pooled()))
+    scores = [way.jackknife(_told(protocol, way)) for way in ways]
+    plain = scores[0]["value"]
+    infinite = plain + sum(_intercept(way, sizes) - score["value"] for way, score in zip(ways, scores))
+    of, told = ", of both sets" if both else "", _told(protocol, ways[0], "FD∞ (line over 1/N)")
+    ends = scores[0]["protocol"].rsplit("; ", 1)[1] + of
+    return {"fd": _wider(scores[0], plain, scores[1:], scores[0]["protocol"] + of),
+            "fd_infinity": _wider(scores[0], infinite, scores[1:], f"{told}; {ends}")}
+
+# %% ../nbs/62_metrics.ipynb #d8a5e434
+def _kernel(a: Tensor, b: Tensor) -> Tensor:
+    "Bińkowski et al. 2018, sec. 4: a cubic polynomial of the scalar product."
+    return (a @ b.T / a.shape[1] + 1) ** 3
+
+
+def kernel_distance(
+    a: Tensor,  # [N, D], at least two rows
+    b: Tensor,  # [M, D]
+) -> float:  # below 0 by chance, if the pictures are alike
+    "Unbiased squared maximum mean discrepancy, all pictures at once. Source: Bińkowski et al. 2018, eq. 4. Raises `DataError` as `check_features`."
+    b = check_features(b, "the second features", 2).double()
+    a = check_features(a, "the first features", 2, b.shape[1]).to(b)
+    within = [(k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in (_kernel(a, a), _kernel(b, b))]
+    return float(within[0] + within[1] - 2 * _kernel(a, b).mean())
+
+# %% ../nbs/62_metrics.ipynb #a5d088c3
+def _by_subsets(generated: Tensor, reference: Tensor, subsets: int, size: int, seed: int) -> tuple[float, float | None]:
+    "The mean over random subsets, and the standard error."
+    found = []
+    for i in range(subsets):
+        order = [bits(seed, f"kernel score, {name}", [i], len(t))[0].argsort(stable=True) for name, t in (("a", generated), ("b", reference))]
+        found.append(kernel_distance(*(t[o[:size].to(t.device)] for o, t in zip(order, (generated, reference)))))
+    values, share = torch.tensor(found, dtype=torch.float64), size / min(len(generated), len(reference))
+    if subsets < 2 or share == 1:
+        return float(values.mean()), None
+    return float(values.mean()), float(values.std()) * math.sqrt(share / (1 - share) + 1 / subsets)
+
+
+def _group_sums(a: Tensor, b: Tensor, groups: int, chunk: int) -> Tensor:
+    "Sums of the kernel over all pairs of group i of a and group j of b: float64 [K, K]."
+    into = torch.eye(groups, dtype=torch.float64, device=b.device)
+    places, total = torch.arange(len(b), device=b.device) % groups, torch.zeros_like(into)
+    for start in range(0, len(a), chunk):
+        piece = a[start : start + chunk].to(into)
+        rows = torch.cat([_kernel(piece, b[k : k + chunk].to(into)) @ into[places[k : k + chunk]] for k in range(0, len(b), chunk)], 1)
+        rows = rows.view(len(piece), -1, groups).sum(1)
+        total.index_add_(0, torch.arange(start, start + len(piece), device=b.device) % groups, rows)
+    return total
+
+# %% ../nbs/62_metrics.ipynb #edef8c9e
+class _KernelSums:
+    "All the sums that a kernel distance of whole groups needs."
+
+    def __init__(self, a: Tensor, b: Tensor, groups: int, chunk: int):
+        self.within, self.own, self.counts, self.groups = [], [], [], groups
+        for t in (a, b):
+            place, zero = torch.arange(len(t), device=t.device) % groups, torch.zeros(groups, dtype=torch.float64, device=t.device)
+            self.within.append(_group_sums(t, t, groups, chunk))
+            self.own.append(zero.index_add(0, place, (t.double().square().sum(1) / t.shape[1] + 1) ** 3))
+            self.counts.append(place.bincount(minlength=groups).double())
+        self.between = _group_sums(a, b, groups, chunk)
+
+    def distance(self, without: tuple[int | None, int | None] = (None, None)) -> float:
+        "Of all pictures but those of a group of the one, of the other."
+        keep = [torch.ones_like(c) if k is None else torch.ones_like(c).index_fill_(0, torch.tensor(k, device=c.device), 0)
+                for c, k in zip(self.counts, without)]
+        n = [float(w @ c) for w, c in zip(keep, self.counts)]
+        within = [float(w @ s @ w - w @ own) / (m * (m - 1)) for w, s, own, m in zip(keep, self.within, self.own, n)]
+        return within[0] + within[1] - 2 * float(keep[0] @ self.between @ keep[1]) / (n[0] * n[1])
 
 
 def kernel_score(
     generated: Tensor,  # [N, D]
     reference: Tensor,  # [M, D]
     protocol: str,  # network, resizing, quantisation, data, in words
-    *,
-    subsets: int = 100,  # how many
-    subset_size: int = 1000,  # pictures of each set in a subset; at most as many as there are in the smaller one
-    seed: int = 0,  # of the draws
-) -> dict[str, Any]:  # {value, low, high, n, protocol}; may lie below 0 by chance
-    "Kernel distance (KID) over random subsets. Source: Bińkowski et al. 2018. Raises `DataError` for fewer than 8 pictures, or as `check_features`."
-    x = check_features(generated, "features of the generated pictures", 8).double()
-    y = check_features(reference, "features of the reference", 8, x.shape[1]).double()
-    m = min(subset_size, len(x), len(y))
-    m = max(8, m // 2) if m == min(len(x), len(y)) and subsets > 1 else m  # subsets that are the whole set would all be alike
-    values = []
-    for turn in range(subsets):
-        some = [uniform(seed, f"kernel distance, {which}", [turn], (len(rows),))[0].argsort()[:m] for which, rows in (("generated", x), ("real", y))]
-        values.append(_mmd(x[some[0]], y[some[1]]))
-    found = torch.tensor(values, dtype=torch.float64)
-    half = 1.959964 * float(found.std()) * math.sqrt(m / min(len(x), len(y))) if subsets > 1 else math.nan
-    low, high = (None, None) if subsets < 2 else (float(found.mean()) - half, float(found.mean()) + half)
-    told = f"{protocol}; KID, cubic kernel, {subsets} subsets of {m}, seed {seed}; normal 95 % from the spread of subsets"
-    return {"value": float(found.mean()), "low": low, "high": high, "n": len(x), "protocol": told}
+    subsets: int = 100,  # random subsets to average over; 0: all pairs of pictures
+    subset_size: int = 1000,  # pictures in a subset, 2…N and M
+    groups: int = 10,  # left out for the interval, where all pairs are taken
+    seed: int = 0,  # of the subsets
+    chunk: int = 2048,  # pictures of each set compared at a time, where all pairs are taken
+) -> dict[str, Any]:  # {value, low, high, n, protocol}; not multiplied by 1000
+    "Kernel distance (KID with Inception's features) with its interval. Source: Bińkowski et al. 2018. Raises `DataError` for fewer pictures than a subset has."
+    _at_least(0, subsets=subsets)
+    _at_least(2, subset_size=subset_size, groups=groups)
+    if subsets:
+        needed, way = subset_size, f"mean of {subsets} subsets of {subset_size}"
+    else:
+        needed, way = 2 * groups, "all pairs"
+    reference = check_features(reference, "reference features", needed)
+    generated = check_features(generated, "generated features", needed, reference.shape[1]).to(reference.device)
+    told = f"{protocol}; cubic kernel in {reference.shape[1]} dimensions against {len(reference)} pictures, {way}"
+    if not subsets:
+        sums, all_groups = _KernelSums(generated, reference, groups, chunk), range(groups)
+        score = jackknife_score(sums.distance(), [sums.distance((k, None)) for k in all_groups], len(generated), told)
+        other = jackknife_score(sums.distance(), [sums.distance((None, k)) for k in all_groups], len(reference), "")
+        return _wider(score, score["value"], [other], f"{score['protocol']}, of both sets")
+    value, error = _by_subsets(generated, reference, subsets, subset_size, seed)
+    low, high = (None, None) if error is None else (value - 1.959964 * error, value + 1.959964 * error)
+    how = "normal 95 % from the spread of subsets" if error is not None else "no interval, for want of several different subsets"
+    return {"value": value, "low": low, "high": high, "n": len(generated), "protocol": f"{told}; {how}"}
 
-# %% ../nbs/62_metrics.ipynb #99e1394d
+# %% ../nbs/62_metrics.ipynb #4c440565
 def inception_score(
-    logits: Tensor,  # [N, classes]
-    protocol: str,  # network, resizing, quantisation, in words
-    splits: int = 10,  # N is cut into so many, in the order of the rows
-) -> dict[str, Any]:  # {value, low, high, n, protocol}, 1…classes
-    "Inception score over splits. Source: Salimans et al. 2016. Raises `DataError` for fewer than two pictures in a split."
-    known = check_features(logits, "logits", 2 * splits).double().log_softmax(1)
-    values = []
-    for part in known.tensor_split(splits):
-        whole = part.logsumexp(0) - math.log(len(part))
-        values.append(float((part.exp() * (part - whole)).sum(1).mean().exp()))
-    score = mean_score(torch.tensor(values, dtype=torch.float64), f"{protocol}; IS, mean of {splits} splits, Student 95 %")
-    return {**score, "n": len(logits)}
+    logits: Tensor,  # [N, C], of a classifier, before the softmax
+    protocol: str,  # classifier, resizing, quantisation, in words
+    splits: int = 10,  # parts that the pictures are divided into
+    seed: int | None = 0,  # of the division; None: as the pictures come
+) -> dict[str, Any]:  # {value, low, high, n, protocol}; 1…C
+    "Inception score with the interval of its splits. Source: Salimans et al. 2016. Raises `DataError` for fewer than two pictures in a split."
+    _at_least(1, splits=splits)
+    logits = check_features(logits, "logits", 2 * splits)
+    n = len(logits)
+    if seed is not None:
+        logits = logits[permute(seed, "inception score", range(n), n).to(logits.device)]
+    found = []
+    for i in range(splits):
+        log_p = logits[i * n // splits : (i + 1) * n // splits].double().log_softmax(1)
+        log_mean = log_p.logsumexp(0) - math.log(len(log_p))
+        found.append((log_p.exp() * (log_p - log_mean)).sum(1).mean().exp())
+    told = f"{protocol}; mean of {splits} splits of {n // splits} pictures, {logits.shape[1]} classes; Student 95 % over splits"
+    return mean_score(torch.stack(found), told) | {"n": n}
 
-# %% ../nbs/62_metrics.ipynb #36894989
-def _squared(a: Tensor, b: Tensor) -> Tensor:
-    "Squared distances in double precision, around the first's mean."
-    centre = a.mean(0)
-    a, b = a - centre, b - centre
-    return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp_(min=0)
+# %% ../nbs/62_metrics.ipynb #782ce936
+def _squared_distances(a: Tensor, b: Tensor, centre: Tensor, chunk: int) -> Iterator[Tensor]:
+    "All distances, some rows at a time: float64 [≤ chunk, M]."
+    b = b.to(centre) - centre
+    lengths = b.square().sum(1)
+    for start in range(0, len(a), chunk):
+        piece = a[start : start + chunk].to(centre) - centre
+        own = piece.square().sum(1)[:, None]
+        squares = torch.addmm(own + lengths, piece, b.T, alpha=-2)
+        yield squares.masked_fill_(squares < 1e-13 * (own + lengths), 0)
 
 
-def _reach(features: Tensor, k: int, chunk: int = 1024) -> Tensor:
-    "Squared distance of each to its k-th neighbour, itself not counted."
-    return torch.cat([_squared(part, features).kthvalue(k + 1, dim=1).values for part in features.split(chunk)])
+def _radii(features: Tensor, k: int, centre: Tensor, chunk: int) -> Tensor:
+    "Squared distance of each to its k-th nearest other one: float64 [N]."
+    found = [squares.kthvalue(k + 1, dim=1).values for squares in _squared_distances(features, features, centre, chunk)]
+    return torch.cat(found)  # the nearest of all is it itself, or a copy of it, at distance 0
 
 
-def _tables(generated: Tensor, reference: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    "Both in double precision, if there are more than k of each."
-    x = check_features(generated, "features of the generated pictures", k + 1).double()
-    return x, check_features(reference, "features of the reference", k + 1, x.shape[1]).double()
+def _both(generated: Tensor, reference: Tensor, k: int, chunk: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    "Checked features on one device, and the point around which distances are computed."
+    _at_least(1, k=k, chunk=chunk)
+    reference = check_features(reference, "reference features", k + 1)
+    generated = check_features(generated, "generated features", k + 1, reference.shape[1]).to(reference.device)
+    return generated, reference, reference.mean(0, dtype=torch.float64)
 
-
+# %% ../nbs/62_metrics.ipynb #fd37dd99
 def precision_recall(
     generated: Tensor,  # [N, D]
-    reference: Tensor,  # [M, D]
-    k: int = 3,  # how far a ball reaches: to the k-th neighbour
-    protocol: str = "",  # network, resizing, quantisation, data, in words
-) -> dict[str, dict[str, Any]]:  # scores precision and recall
-    "Improved precision and recall. Source: Kynkäänniemi et al. 2019. Raises `DataError` for k pictures or fewer."
-    x, y = _tables(generated, reference, k)
-    share = lambda a, b: sum(int((_squared(part, b) <= reach).any(1).sum()) for reach in [_reach(b, k)] for part in a.split(1024))
-    told = f"{protocol}; k = {k}, {len(x)} generated against {len(y)} real; Wilson 95 %, the balls taken as given"
-    return {"precision": share_score(share(x, y), len(x), told), "recall": share_score(share(y, x), len(y), told)}
+    reference: Tensor,  # [M, D], as many as generated ones: recall grows with N, precision with M
+    protocol: str,  # network, resizing, quantisation, data, in words
+    k: int = 3,  # the neighbour to which a ball reaches, 1…N − 1 and M − 1
+    chunk: int = 1024,  # rows compared at a time
+) -> dict[str, dict[str, Any]]:  # the scores precision and recall
+    "How many generated pictures are realistic, how many real ones could be drawn. Source: Kynkäänniemi et al. 2019. Raises `DataError` for too few."
+    generated, reference, centre = _both(generated, reference, k, chunk)
+    scores = {}
+    for name, inside, of in (("precision", generated, reference), ("recall", reference, generated)):
+        radii = _radii(of, k, centre, chunk)
+        right = sum(int((squares <= radii).any(1).sum()) for squares in _squared_distances(inside, of, centre, chunk))
+        told = f"{protocol}; {name}, balls to neighbour {k} of {len(of)} pictures in {centre.numel()} dimensions; Wilson 95 %"
+        scores[name] = share_score(right, len(inside), told)
+    return scores
 
-
+# %% ../nbs/62_metrics.ipynb #3ef0e011
 def density_coverage(
     generated: Tensor,  # [N, D]
-    reference: Tensor,  # [M, D]
-    k: int = 5,  # how far a ball reaches: to the k-th neighbour
-    protocol: str = "",  # network, resizing, quantisation, data, in words
-) -> dict[str, dict[str, Any]]:  # scores density (1 for a perfect model, may be larger) and coverage
-    "Density and coverage. Source: Naeem et al. 2020, eq. 3 and 4. Raises `DataError` for k pictures or fewer."
-    x, y = _tables(generated, reference, k)
-    reach, counts, covered = _reach(y, k), [], torch.zeros(len(y), dtype=torch.bool, device=y.device)
-    for part in x.split(1024):
-        inside = _squared(part, y) <= reach
-        counts.append(inside.sum(1) / k)
+    reference: Tensor,  # [M, D]; coverage grows with N
+    protocol: str,  # network, resizing, quantisation, data, in words
+    k: int = 5,  # the neighbour to which a ball reaches, 1…M − 1
+    chunk: int = 1024,  # rows compared at a time
+) -> dict[str, dict[str, Any]]:  # the scores density and coverage
+    "In how many real balls a generated picture lies, over k, and how many balls hold one. Source: Naeem et al. 2020. Raises `DataError` for too few pictures."
+    generated, reference, centre = _both(generated, reference, k, chunk)
+    radii = _radii(reference, k, centre, chunk)
+    covered, counts = torch.zeros_like(radii, dtype=torch.bool), []
+    for squares in _squared_distances(generated, reference, centre, chunk):
+        inside = squares <= radii
         covered |= inside.any(0)
-    told = f"{protocol}; k = {k}, {len(x)} generated against {len(y)} real"
-    return {"density": mean_score(torch.cat(counts), f"{told}; Student 95 %, the balls taken as given"),
-            "coverage": share_score(int(covered.sum()), len(y), f"{told}; Wilson 95 %, the balls taken as given")}
+        counts.append(inside.sum(1))
+    told = f"balls to neighbour {k} of {len(reference)} pictures in {centre.numel()} dimensions"
+    return {"density": mean_score(torch.cat(counts).double() / k, f"{protocol}; density, {told}; Student 95 %"),
+            "coverage": share_score(int(covered.sum()), len(reference), f"{protocol}; coverage by {len(generated)} pictures, {told}; Wilson 95 %")}
 
-# %% ../nbs/62_metrics.ipynb #f784dfca
-def _vendi(rows: Tensor) -> float:
-    "Of rows of length 1. Source: Friedman and Dieng 2023, eq. 3."
-    gram = rows.T @ rows if len(rows) > rows.shape[1] else rows @ rows.T
-    values = torch.linalg.eigvalsh(gram / len(rows)).clamp(min=0)
+# %% ../nbs/62_metrics.ipynb #497d5786
+def _effective_number(unit: Tensor) -> float:
+    "Exponential of the entropy of K/n, for rows [n, D] of length one."
+    n = len(unit)
+    values = torch.linalg.eigvalsh((unit @ unit.T if n < unit.shape[1] else unit.T @ unit) / n).clamp(min=0)
     return float(torch.special.entr(values).sum().exp())
 
 
 def vendi_score(
-    features: Tensor,  # [N, D]
-    protocol: str,  # network, resizing, quantisation, in words
-    groups: int = 10,  # of the jackknife
-) -> dict[str, Any]:  # {value, low, high, n, protocol}, 1…min(N, D)
-    "The effective number of different pictures. Source: Friedman and Dieng 2023. Raises `DataError` for too few pictures, or features that are all zeros."
-    rows = check_features(features, "features", 2 * groups).double()
-    if len(bad := (rows.norm(dim=1) == 0).nonzero()[:, 0]):
-        raise DataError(f"features number {int(bad[0])} is all zeros, which has no cosine")
-    rows = rows / rows.norm(dim=1, keepdim=True)
-    place = torch.arange(len(rows)) % groups
-    left_out = [_vendi(rows[place != k]) for k in range(groups)]
-    return jackknife_score(_vendi(rows), left_out, len(rows), f"{protocol}; Vendi score, cosine")
+    features: Tensor,  # [N, D], of pictures of one prompt, or of all
+    protocol: str,  # network, resizing, quantisation, data, in words
+    groups: int = 10,  # left out one by one for the interval
+) -> dict[str, Any]:  # {value, low, high, n, protocol}; 1…N
+    "Effective number of different pictures, by cosine similarity. Source: Friedman and Dieng 2023. Raises `DataError` for too few pictures, or a row of zeros."
+    _at_least(2, groups=groups)
+    features = check_features(features, "features", 2 * groups).double()
+    lengths = features.norm(dim=1, keepdim=True)
+    if len(zero := (lengths[:, 0] == 0).nonzero()[:, 0]):
+        raise DataError(f"{len(zero)} of {len(features)} rows of features are all zeros (the first at position {int(zero[0])}): they have no direction")
+    unit, place = features / lengths, torch.arange(len(features), device=features.device) % groups
+    others = [_effective_number(unit[place != k]) for k in range(groups)]
+    return jackknife_score(_effective_number(unit), others, len(unit), f"{protocol}; cosine kernel in {unit.shape[1]} dimensions")
