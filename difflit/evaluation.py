@@ -303,7 +303,7 @@ def set_scores(
         moments = lambda table, groups: Moments(table.shape[1], groups).update(table, range(len(table)))
         wanted["fd"] = lambda: frechet_score(moments(rows, 10), moments(reference, 1), words)
         wanted["fd_infinity"] = lambda: frechet_infinity(moments(rows, 10), moments(reference, 1), words)
-        wanted["kid"] = lambda: kernel_score(rows, reference, words)
+        wanted["kid"] = lambda: kernel_score(rows, reference, words, 100 if min(len(rows), len(reference)) > 1000 else 0)  # of few, all pairs
         wanted["precision recall"] = lambda: precision_recall(rows, reference, protocol=words)
         wanted["density coverage"] = lambda: density_coverage(rows, reference, protocol=words)
     scores, notes = dict[str, dict[str, Any]](), list[str]()
