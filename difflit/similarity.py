@@ -75,7 +75,8 @@ def ssim(
     check_pair(images, truth)
     if min(images.shape[-2:]) < 11:
         raise DataError(f"SSIM looks through windows of 11 pixels; these pictures have {images.shape[-1]} × {images.shape[-2]}")
-    found = structural_similarity_index_measure(images.double(), truth.double(), data_range=2.0, reduction="none")
+    lift = lambda x: x.double() + 1  # 0…2: the term for brightness compares means, which must not lie around zero
+    found = structural_similarity_index_measure(lift(images), lift(truth), data_range=2.0, reduction="none")
     return torch.as_tensor(found).reshape(-1)
 
 
