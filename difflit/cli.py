@@ -140,8 +140,8 @@ class _Runs(TyperGroup):
     "`difflit runs FOLDER` means `difflit runs list FOLDER`."
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        words = [] if args[:1] == ["--help"] else ["list"] if not args or args[0] not in self.commands else []
-        return super().parse_args(ctx, [*words, *args])
+        told = bool(args) and (args[0] in self.commands or args[0] == "--help")
+        return super().parse_args(ctx, args if told else ["list", *args])
 
 
 runs = typer.Typer(help="What runs there are, and how they compare.", cls=_Runs, no_args_is_help=False)

@@ -323,6 +323,9 @@ class AuditSettings(JudgeSettings):
     descriptor: str | None = Field(None, description="what copies are told by: sscd with FILE behind an equals sign, dinov2, random … (None: pixels alone)")
     deduplicate: bool = Field(True, description="leave copies out of the training set first; else a copied pair hides a copier")
     perturb: bool = Field(True, description="measure how much noise a copy may have and still be found")
+    signs: str = Field("none", description="signs inside the network, commas between: text_noise, attention_entropy; all; none")
+    sign_captions: int = Field(32, ge=2, description="training captions, and held-out ones, that signs are looked for with")
+    other_half: str | None = Field(None, description="a model trained in the same way on other pictures: do both draw the same from the same noise?")
 
 # %% ../nbs/00_config.ipynb #44a0b7a4
 PRESETS: dict[str, Callable[[], dict]] = {}

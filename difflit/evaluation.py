@@ -11,7 +11,6 @@ __all__ = ['PROMPT_SETS', 'MEASURES', 'prompt_set', 'Question', 'ask', 'Candidat
 # %% ../nbs/68_evaluation.ipynb #36660cd4
 import hashlib
 import json
-import logging
 import re
 import shutil
 import time
@@ -33,7 +32,8 @@ from .config import SettingsError, nearest
 from .data import DataError, Picture, Source, caption_grid, image_tensor, to_images
 from .extractors import Extractor, check_images, get_extractor, quantised
 from .files import atomic_write, write_json
-from .metrics import Moments, density_coverage, frechet_infinity, frechet_score, inception_score, kernel_score, precision_recall, vendi_score
+from .metrics import Moments, density_coverage, frechet_score, frechet_scores, inception_score, kernel_score, precision_recall, vendi_score
+from .neighbours import Gallery
 from .oracles import judge_scene, read_scenes
 from .precision import choose_device
 from .reranking import Scorer, load_scorer, moved_off
@@ -242,14 +242,14 @@ def open_candidate(
     return model_candidate(path, **{name: value for name, value in drawing.items() if value is not None})
 
 # %% ../nbs/68_evaluation.ipynb #964fc773
-_LOWER = ("fd", "kid", "restoration.plain")
+_LOWER = ("fd", "kid", "copied", "ratio", "carlini", "copy_detection", "cosine_check", "reconstruction.lpips")
 
 
 def is_lower_better(
-    name: str,  # of a score
+    name: str,  # of a score, perhaps with the candidate's before it: a/fd.random
 ) -> bool:
-    "Whether a score is a distance."
-    return name.startswith(_LOWER)
+    "Whether a score is a distance, or a share of copies."
+    return name.rpartition("/")[2].startswith(_LOWER)
 
 # %% ../nbs/68_evaluation.ipynb #55f991d2
 MEASURES: dict[str, Callable[[Tensor, list[str]], Tensor]] = {}
@@ -301,12 +301,14 @@ def set_scores(
         wanted["is"] = lambda: inception_score(logits, extract.protocol)
     if reference is not None:
         moments = lambda table, groups: Moments(table.shape[1], groups).update(table, range(len(table)))
-        wanted["fd"] = lambda: frechet_score(moments(rows, 10), moments(reference, 1), words)
-        wanted["fd_infinity"] = lambda: frechet_infinity(moments(rows, 10), moments(reference, 1), words)
+        enough = 9 * len(rows) // 10 > rows.shape[1]  # for FD∞, which needs more pictures than dimensions with a tenth left out
+        wanted["fd"] = lambda: (frechet_scores if enough else frechet_score)(moments(rows, 10), moments(reference, 1), words)
         wanted["kid"] = lambda: kernel_score(rows, reference, words, 100 if min(len(rows), len(reference)) > 1000 else 0)  # of few, all pairs
         wanted["precision recall"] = lambda: precision_recall(rows, reference, protocol=words)
         wanted["density coverage"] = lambda: density_coverage(rows, reference, protocol=words)
     scores, notes = dict[str, dict[str, Any]](), list[str]()
+    if reference is not None and not enough:
+        notes.append(f"fd_infinity.{extract.name} is left out: {len(rows)} pictures are too few for {rows.shape[1]} dimensions")
     for name, compute in wanted.items():
         try:
             made = compute()
@@ -325,13 +327,13 @@ class Panel:
     references: Mapping[str, Tensor] = field(default_factory=dict)  # by extractor: features of real pictures, float32 [M, D]
     measures: Mapping[str, Callable[[Tensor, list[str]], Tensor]] = field(default_factory=dict)  # for single pictures
     about: str = "the reference"  # what the real pictures are, in words
-    networks: Sequence[nn.Module] = ()  # of all judges; they lie on the CPU and are called to the device in turn
+    networks: Sequence[nn.Module] = ()  # of all judges; they lie on the CPU and are called to the device while they look
     device: torch.device = torch.device("cpu")  # where they look
 
     @property
     def key(self) -> str:
-        "What the judges are: parts of an evaluation that was judged by others are not taken up."
-        return json.dumps([[e.protocol for e in self.extractors], [*self.measures], {n: list(r.shape) for n, r in self.references.items()}, self.about])
+        "What the judges look with: parts of an evaluation that was judged by others are not taken up. Real pictures do not matter to a part."
+        return json.dumps([[e.protocol for e in self.extractors], [*self.measures]])
 
 
 def _extractor(word: Any) -> Extractor:
@@ -367,7 +369,7 @@ def make_panel(
     panel = Panel(chosen, {}, functions, about or (reference.name if reference is not None else "none"), networks, where)
     if reference is not None:
         with called_to(where, *networks):
-            panel.references = {e.name: torch.cat([*_described(reference, e, reference_size, reference_images)]) for e in chosen}
+            panel.references = {e.name: torch.cat([*Gallery(reference, reference_size, e, reference_images)]) for e in chosen}
         panel.about += f", {reference_images and len(next(iter(panel.references.values()), []))} pictures at {reference_size} px"
     return panel
 
@@ -387,21 +389,6 @@ def called_to(
         for network, place in zip(networks, places):
             network.to(place)
 
-
-def _described(source: Source, extract: Extractor, size: int, limit: int, batch: int = 64) -> Iterator[Tensor]:
-    "Features of a source's pictures, batch by batch; damaged ones are left out with a warning."
-    pictures: list[Tensor] = []
-    for index in range(min(limit, len(source))):
-        try:
-            pictures.append(image_tensor(source[index].image, size))
-        except DataError as error:
-            logging.getLogger("difflit").warning("%s: picture %d is left out of the reference: %s", source.name, index, error)
-        if len(pictures) == batch:
-            yield extract(torch.stack(pictures))
-            pictures = []
-    if pictures:
-        yield extract(torch.stack(pictures))
-
 # %% ../nbs/68_evaluation.ipynb #4e2c9ba8
 def _judge_part(candidate: Candidate, questions: Sequence[Question], panel: Panel, shown: int) -> dict[str, Tensor]:
     "Draw one part and look at it: rows of features, numbers, and the pictures that will be shown."
@@ -418,7 +405,7 @@ def _judge_part(candidate: Candidate, questions: Sequence[Question], panel: Pane
         for name, function in panel.measures.items():
             found[f"value {name}"] = torch.as_tensor(function(images, [q.prompt for q in questions])).float().cpu()
     keep = torch.tensor([q.turn == 0 and q.place < shown for q in questions], dtype=torch.bool)
-    return {**found, "shown": quantised(images[keep]).contiguous(), "seen": torch.tensor([q.place for q in questions])}
+    return {**found, "shown": quantised(images[keep]).contiguous()}
 
 
 def _read_part(path: Path, key: str) -> dict[str, Tensor] | None:
@@ -454,7 +441,7 @@ def judge(
     seconds: float | None = None,  # begin no further part after this time; None: answer everything
     told: Callable[[int, int], None] | None = None,  # told how many are done, of how many
 ) -> Card:  # its scores
-    "Draw, look, and score one candidate. Raises `DataError` for what are no pictures, `SettingsError` for too few."
+    "Draw, look, and score one candidate. Raises `DataError` for what are no pictures."
     if candidate.check is not None:
         candidate.check(questions)
     began, done, found = time.monotonic(), 0, list[dict[str, Tensor]]()

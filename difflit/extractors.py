@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['EXTRACTORS', 'IMAGENET', 'INCEPTION_FILE', 'check_images', 'quantised', 'Extractor', 'extractor', 'get_extractor',
            'pixels_extractor', 'random_extractor', 'module_extractor', 'weights_file', 'inception_extractor',
-           'dinov2_extractor', 'clip_extractor', 'sscd_extractor', 'describe_images']
+           'dinov2_extractor', 'clip_extractor', 'sscd_extractor']
 
 # %% ../nbs/61_extractors.ipynb #76d50612
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -298,13 +298,3 @@ def sscd_extractor(
     made = module_extractor(network, 288, name="sscd", device=str(device or "auto"))
     made.protocol = f"{path.name} at 288 px by bicubic with antialiasing; 8 bits"
     return made
-
-# %% ../nbs/61_extractors.ipynb #b78792d2
-def describe_images(
-    extract: Extractor,  # what looks
-    batches: Iterable[Tensor],  # [B, 3, H, W] in −1…1, one after another
-    batch: int = 64,  # pictures at a time in the network
-) -> Iterator[Tensor]:  # float32 [B, D] for each
-    "Features batch by batch; memory does not grow."
-    for images in batches:
-        yield extract(images, batch)

@@ -138,6 +138,11 @@ class Pipeline:
         config = getattr(self.model, "config", None)
         return {name for name, flag in (("low_res", "super_resolution"), ("inpaint", "inpaint")) if getattr(config, flag, False)}
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        "Channels, height and width of what its network draws: pixels, or latents."
+        return _drawn_shape(self.image_size, self.autoencoder)
+
 # %% ../nbs/58_generation.ipynb #82bd7bd4
 def _is_diffusers(path: str | Path) -> bool:
     "Whether a pipeline of diffusers is meant: a folder, a single file, or a name that `difflit pull` knows. Raises `SettingsError` for a damaged file."

@@ -8,7 +8,9 @@ __all__ = ['COPY_METHODS', 'Copies', 'different', 'ratio', 'carlini_small', 'til
            'perturbation_test', 'copies_figure']
 
 # %% ../nbs/66_memorization.ipynb #bc4e706e
-from collections.abc import Callable, Iterable, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,8 +20,8 @@ from torch import Tensor
 
 from .config import SettingsError, nearest
 from .data import DataError, Picture, caption_grid
-from .neighbours import duplicates, neighbours
-from .randomness import normal
+from .neighbours import Gallery, duplicates, neighbours
+from .randomness import normal, permute
 from .scores import share_score
 
 # %% ../nbs/66_memorization.ipynb #d3c49947
@@ -38,34 +40,77 @@ class Copies:
         return share_score(int(self.copied.sum()), len(self.copied), f"{self.protocol}; Wilson 95 %")
 
 
-def _flat(images: Tensor, training: Tensor, needed: int) -> tuple[Tensor, Tensor]:
-    "Both as vectors, if they can be compared."
-    if images.shape[1:] != training.shape[1:]:
+_Pictures = Tensor | Gallery  # [M, …] in memory, or read piece by piece
+
+
+def _pieces(training: _Pictures, size: int = 1024) -> Iterator[Tensor]:
+    "A training set piece by piece."
+    for piece in [training] if isinstance(training, Tensor) else training:
+        yield from piece.split(size)
+
+
+def _some(training: _Pictures, index: Tensor) -> Tensor:
+    "A few of them."
+    return training[index] if isinstance(training, Tensor) else training.vectors(index.tolist())
+
+
+def _count(training: _Pictures) -> int:
+    "How many there are; a gallery has to be read for that."
+    if not isinstance(training, Tensor) and not training.places:
+        for _ in training:
+            pass
+    return len(training) if isinstance(training, Tensor) else len(training.places)
+
+
+def _comparable(images: Tensor, training: _Pictures, needed: int) -> None:
+    "Raises where a test cannot be made."
+    if isinstance(training, Tensor) and images.shape[1:] != training.shape[1:]:
         raise DataError(f"pictures {list(images.shape[1:])} cannot be compared with training pictures {list(training.shape[1:])}: bring both to one size")
-    if len(training) < needed:
-        raise DataError(f"this test needs {needed} different training pictures at least, there are {len(training)}")
-    return images.flatten(1), training.flatten(1)
+    if (count := _count(training)) < needed:
+        raise DataError(f"this test needs {needed} different training pictures at least, there are {count}")
 
-
+# %% ../nbs/66_memorization.ipynb #739cd69b
 def different(
-    training: Tensor,  # [M, …]
+    training: Tensor | Gallery,  # [M, …]
     threshold: float = 0.0,  # largest distance of two that are one
 ) -> Tensor:  # int64, places of those that repeat no earlier one
     "A training set without its copies. Raises `DataError` for NaN."
-    return (duplicates(training, threshold) == torch.arange(len(training))).nonzero()[:, 0]
+    if threshold > 0:
+        return ((first := duplicates(training, threshold)) == torch.arange(len(first))).nonzero()[:, 0]
+    seen, kept, at = set[bytes](), list[int](), 0
+    for piece in _pieces(training):
+        if bad := (~piece.flatten(1).isfinite()).any(1).nonzero()[:, 0].tolist():
+            raise DataError(f"training picture {at + bad[0]} holds NaN or infinity")
+        for row in (piece.detach().float().cpu() + 0.0).flatten(1).numpy():  # + 0.0 makes −0 a 0
+            mark = hashlib.blake2b(row.tobytes(), digest_size=16).digest()
+            if mark not in seen:
+                seen.add(mark)
+                kept.append(at)
+            at += 1
+    return torch.tensor(kept, dtype=torch.int64)
+
+
+def _without_copies(training: _Pictures, wanted: bool) -> tuple[Tensor, _Pictures]:
+    "Which are kept, and those."
+    if not wanted:
+        return torch.arange(_count(training)), training
+    kept = different(training)
+    if len(kept) == _count(training):
+        return kept, training
+    return kept, training[kept] if isinstance(training, Tensor) else training.only(kept.tolist())
 
 # %% ../nbs/66_memorization.ipynb #3d625307
 def ratio(
     images: Tensor,  # [N, …], generated: pictures, latents or descriptors
-    training: Tensor,  # [M, …], of the same shape
+    training: Tensor | Gallery,  # [M, …], of the same shape
     threshold: float = 1 / 3,  # largest ratio of a copy
     *,
     deduplicate: bool = True,  # take copies out of the training set first
 ) -> Copies:  # value: d₁/d₂
     "Nearest over second nearest distance. Sources: Yoon et al. 2023; Gu et al. 2023. Raises `DataError` for fewer than two different training pictures."
-    kept = different(training) if deduplicate else torch.arange(len(training))
-    queries, gallery = _flat(images, training[kept], 2)
-    found = neighbours(queries, gallery, 2)
+    kept, gallery = _without_copies(training, deduplicate)
+    _comparable(images, gallery, 2)
+    found = neighbours(images, gallery, 2)
     first, second = found.distance.T
     value = torch.where(second > 0, first / second.clamp(min=1e-300), torch.ones_like(first))  # two equal ones: nobody's copy
     told = f"ratio of the distances to the nearest and the second of {len(kept)} {'different ' if deduplicate else ''}training pictures < {threshold:.3g}"
@@ -74,18 +119,18 @@ def ratio(
 # %% ../nbs/66_memorization.ipynb #186e6482
 def carlini_small(
     images: Tensor,  # [N, …], generated
-    training: Tensor,  # [M, …], of the same shape, M > n
+    training: Tensor | Gallery,  # [M, …], of the same shape, M > n
     alpha: float = 0.5,  # α
     n: int = 50,  # neighbours that tell how dense the training set is
     *,
     deduplicate: bool = True,  # take copies out of the training set first
 ) -> Copies:  # value: ℓ, a copy below 1
     "Distance to the nearest, in units of the distances among its own neighbours. Source: Carlini et al. 2023, sect. 5.1. Raises `DataError` for n or fewer."
-    kept = different(training) if deduplicate else torch.arange(len(training))
-    queries, gallery = _flat(images, training[kept], n + 1)
-    found = neighbours(queries, gallery)
+    kept, gallery = _without_copies(training, deduplicate)
+    _comparable(images, gallery, n + 1)
+    found = neighbours(images, gallery)
     meant, which = found.index[:, 0].unique(return_inverse=True)
-    yardstick = neighbours(gallery[meant], gallery, n, exclude=meant).distance.mean(1)[which]
+    yardstick = neighbours(_some(gallery, meant), gallery, n, exclude=meant).distance.mean(1)[which]
     value = found.distance[:, 0] / (alpha * yardstick).clamp(min=1e-300)
     told = f"distance to the nearest of {len(kept)} training pictures < {alpha:g} of the mean distance from that one to its {n} nearest"
     return Copies("carlini_small", value, value < 1, kept[found.index[:, 0]], told)
@@ -113,16 +158,16 @@ def tile_distances(
 
 def carlini_tiled(
     images: Tensor,  # [N, 3, S, S] in −1…1, generated
-    training: Tensor,  # [M, 3, S, S]
+    training: Tensor | Gallery,  # [M, 3, S, S]
     threshold: float = 0.15,  # largest distance of a copy, at pixels in 0…1
 ) -> Copies:  # value: the tiled distance
     "The largest of 16 tile distances to any training picture. Source: Carlini et al. 2023, sect. 4.2. Raises `DataError`."
-    _flat(images, training, 1)
-    best, index = torch.full((len(images),), torch.inf), torch.zeros(len(images), dtype=torch.int64)
-    for at in range(0, len(training), 1024):
-        value, place = tile_distances(images, training[at : at + 1024]).min(1)
-        index, best = torch.where(value < best, place + at, index), torch.minimum(value, best)
-    told = f"largest root mean square difference over 16 tiles to the nearest of {len(training)} training pictures < {threshold:g} of 0…1"
+    _comparable(images, training, 1)
+    best, index, at = torch.full((len(images),), torch.inf), torch.zeros(len(images), dtype=torch.int64), 0
+    for piece in _pieces(training):
+        value, place = tile_distances(images, piece).min(1)
+        index, best, at = torch.where(value < best, place + at, index), torch.minimum(value, best), at + len(piece)
+    told = f"largest root mean square difference over 16 tiles to the nearest of {at} training pictures < {threshold:g} of 0…1"
     return Copies("carlini_tiled", best.double(), best < threshold, index, told)
 
 # %% ../nbs/66_memorization.ipynb #7bc086d4
@@ -145,17 +190,17 @@ def extracted(
     return sorted(best) if len(best) >= clique else []
 
 # %% ../nbs/66_memorization.ipynb #254e5529
-def _by_cosine(method: str, images: Tensor, training: Tensor, threshold: float, what: str) -> Copies:
+def _by_cosine(method: str, images: Tensor, training: _Pictures, threshold: float, what: str) -> Copies:
     "Best cosine above a threshold."
-    queries, gallery = _flat(images, training, 1)
-    found = neighbours(queries, gallery, metric="cosine")
-    value = found.similarity[:, 0]
-    return Copies(method, value, value > threshold, found.index[:, 0], f"cosine of {what} to the nearest of {len(gallery)} training pictures > {threshold:g}")
+    _comparable(images, training, 1)
+    found = neighbours(images, training, metric="cosine")
+    value, told = found.similarity[:, 0], f"cosine of {what} to the nearest of {_count(training)} training pictures > {threshold:g}"
+    return Copies(method, value, value > threshold, found.index[:, 0], told)
 
 
 def copy_detection(
     descriptors: Tensor,  # [N, D], of generated pictures
-    training: Tensor,  # [M, D], of training pictures, by the same descriptor
+    training: Tensor | Gallery,  # [M, D], of training pictures, by the same descriptor
     threshold: float = 0.5,  # smallest similarity of a copy; 0.5 is meant for SSCD
 ) -> Copies:  # value: the best similarity
     "Best similarity of descriptors. Source: Somepalli et al. 2023. Raises `DataError`."
@@ -164,7 +209,7 @@ def copy_detection(
 
 def cosine_check(
     images: Tensor,  # [N, …], pictures or descriptors
-    training: Tensor,  # [M, …], of the same shape
+    training: Tensor | Gallery,  # [M, …], of the same shape
     threshold: float = 0.99,  # smallest cosine of a copy
 ) -> Copies:  # value: the best cosine
     "Nearest-neighbour cosine. Raises `DataError`."
@@ -179,12 +224,16 @@ def cosine_verdict(
 
 
 def background(
-    training: Tensor,  # [M, …], pictures or descriptors
+    training: Tensor | Gallery,  # [M, …], pictures or descriptors
     at: Sequence[float] = (0.5, 0.95, 0.99),  # quantiles
+    count: int = 2000,  # of so many of them, drawn without repetition; each is compared with all
+    seed: int = 0,  # of that choice
 ) -> dict[float, float]:  # quantile → similarity
     "How similar training pictures are to their best other one. Source: Somepalli et al. 2023. Raises `DataError` for fewer than two."
-    flat = _flat(training, training, 2)[0]
-    best = neighbours(flat, flat, metric="cosine", exclude=torch.arange(len(flat))).similarity[:, 0]
+    if (there := _count(training)) < 2:
+        raise DataError(f"this test needs 2 different training pictures at least, there are {there}")
+    chosen = permute(seed, "background", torch.arange(min(count, there)), there)
+    best = neighbours(_some(training, chosen), training, metric="cosine", exclude=chosen).similarity[:, 0]
     return {q: float(best.quantile(q)) for q in at}
 
 # %% ../nbs/66_memorization.ipynb #2e1ec864
@@ -194,7 +243,7 @@ COPY_METHODS: dict[str, Callable[..., Copies]] = {"ratio": ratio, "carlini_small
 def copy_method(
     name: str,  # what a user writes
 ) -> Callable:  # a decorator that returns what it decorates
-    "Register a test: a function `(images, training) -> Copies`."
+    "Register a test: a function `(images, training) -> Copies` that judges each image by itself; `training` may be a `Gallery`."
 
     def register(function: Callable[..., Copies]) -> Callable[..., Copies]:
         COPY_METHODS[name] = function
@@ -203,9 +252,17 @@ def copy_method(
     return register
 
 
+def _judged(name: str, images: Tensor, training: _Pictures, parts: Sequence[int]) -> list[Copies]:
+    "One test, on several groups of pictures in one pass over the training set, whose copies are out already."
+    options: dict[str, Any] = {"deduplicate": False} if name in ("ratio", "carlini_small") else {}
+    whole = COPY_METHODS[name](images, training, **options)
+    pieces = zip(*(values.split(list(parts)) for values in (whole.value, whole.copied, whole.index)))
+    return [Copies(whole.method, value, copied, index, whole.protocol) for value, copied, index in pieces]
+
+
 def audit_copies(
     images: Tensor,  # [N, 3, S, S] in −1…1, generated
-    training: Tensor,  # [M, 3, S, S]; its copies are taken out once, for all tests
+    training: Tensor | Gallery,  # [M, 3, S, S]; its copies are taken out once, for all tests
     held_out: Tensor | None = None,  # [K, 3, S, S], pictures of the same source that the model never saw; None: no control
     methods: Iterable[str] = ("ratio", "carlini_small", "carlini_tiled", "cosine_check"),  # names of `COPY_METHODS`
     *,
@@ -214,20 +271,19 @@ def audit_copies(
     "All tests with their control. Raises `SettingsError` for a test that does not exist, `DataError` if none can be made."
     if unknown := [name for name in methods if name not in COPY_METHODS]:
         raise SettingsError(f"there is no test {unknown[0]!r}{nearest(unknown[0], COPY_METHODS)}")
-    kept = different(training) if deduplicate else torch.arange(len(training))
-    options: dict[str, dict[str, Any]] = {name: {"deduplicate": False} for name in ("ratio", "carlini_small")}  # done already
+    kept, gallery = _without_copies(training, deduplicate)
     verdicts, scores, notes = dict[str, Copies](), dict[str, dict[str, Any]](), list[str]()
-    if len(kept) < len(training):
-        notes.append(f"{len(training) - len(kept)} of {len(training)} training pictures repeat an earlier one and were left out")
+    if (again := _count(training) - len(kept)) > 0:
+        notes.append(f"{again} of {_count(training)} training pictures repeat an earlier one and were left out")
+    judged = images if held_out is None else torch.cat([images, held_out])
     for name in methods:
         try:
-            found = COPY_METHODS[name](images, training[kept], **options.get(name, {}))
-            control = None if held_out is None else COPY_METHODS[name](held_out, training[kept], **options.get(name, {}))
+            found, control = _judged(name, judged, gallery, [len(images), len(judged) - len(images)])
         except DataError as error:
             notes.append(f"{name} is left out: {error}")
             continue
         verdicts[name], scores[name] = replace(found, index=kept[found.index]), found.score()
-        if control is not None:
+        if held_out is not None:
             scores[f"{name}.held_out"] = control.score()
     if not verdicts:
         raise DataError("no test could be made: " + "; ".join(notes))
@@ -235,7 +291,7 @@ def audit_copies(
 
 # %% ../nbs/66_memorization.ipynb #e59bedfb
 def perturbation_test(
-    training: Tensor,  # [M, 3, S, S] in −1…1
+    training: Tensor | Gallery,  # [M, 3, S, S] in −1…1
     methods: Iterable[str] = ("ratio", "carlini_small", "carlini_tiled", "cosine_check"),  # names of `COPY_METHODS`
     *,
     sigmas: Sequence[float] = (0.01, 0.02, 0.05, 0.1),  # deviations of the noise
@@ -243,30 +299,26 @@ def perturbation_test(
     seed: int = 0,  # of the noise
 ) -> dict[str, dict[float, dict[str, Any]]]:  # test → deviation → score: the share that is found
     "Which noisy copies are still found. Tests that cannot be made are left out. Raises `DataError` for NaN."
-    kept = training[different(training)]
-    some = kept[: min(count, len(kept))]
+    kept, gallery = _without_copies(training, True)
+    some = _some(gallery, torch.arange(min(count, len(kept))))
+    noisy = torch.cat([some + sigma * normal(seed, f"perturbation {sigma}", range(len(some)), some.shape[1:]) for sigma in sigmas])
     found: dict[str, dict[float, dict[str, Any]]] = {}
-    for sigma in sigmas:
-        noisy = some + sigma * normal(seed, f"perturbation {sigma}", range(len(some)), some.shape[1:])
-        for name in methods:
-            try:
-                options = {"deduplicate": False} if name in ("ratio", "carlini_small") else {}
-                found.setdefault(name, {})[sigma] = COPY_METHODS[name](noisy, kept, **options).score()
-            except DataError:
-                found.pop(name, None)
+    for name in methods:
+        with suppress(DataError):
+            found[name] = {sigma: part.score() for sigma, part in zip(sigmas, _judged(name, noisy, gallery, [len(some)] * len(sigmas)))}
     return found
 
 # %% ../nbs/66_memorization.ipynb #d9306cdf
 def copies_figure(
     images: Tensor,  # [N, 3, S, S] in −1…1, generated
-    training: Tensor,  # [M, 3, S, S], or those that are meant, in the order of `images`
+    training: Tensor | Gallery,  # [M, 3, S, S]
     copies: Copies,  # a verdict on `images`
     count: int = 8,  # pairs
 ) -> Picture:  # two rows for every eight pairs
     "The closest pairs by one test."
     similar = copies.method in ("copy_detection", "cosine_check")
     order = copies.value.argsort(descending=similar)[:count].tolist()
-    partners = training[copies.index[order]]
+    partners = _some(training, copies.index[order])
     width = min(8, len(order))
     pictures: list[Tensor] = []
     texts: list[str] = []

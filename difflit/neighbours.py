@@ -9,8 +9,8 @@ __all__ = ['Neighbours', 'neighbours', 'merge_neighbours', 'Gallery', 'duplicate
 # %% ../nbs/65_neighbours.ipynb #64dc39e8
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -74,38 +74,44 @@ class _Search:
         self.distance[rows], self.index[rows] = both.gather(1, order), places.gather(1, order)
 
 # %% ../nbs/65_neighbours.ipynb #a774024a
-def _look(self: _Search, piece: Tensor) -> None:
+def _roundoff(device: torch.device) -> float:
+    "Unit roundoff of a float32 matrix product."
+    tf32 = device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+    return 2.0**-11 if tf32 else 2.0**-24
+
+
+def _look(search: _Search, piece: Tensor) -> None:
     "Take one piece of the gallery in."
     small = torch.empty(len(piece), piece.shape[1] + 1, device=piece.device)
-    torch.sub(piece, self.centre, out=small[:, :-1]) if piece.dtype == torch.float32 else small[:, :-1].copy_(piece - self.centre)
+    torch.sub(piece, search.centre, out=small[:, :-1]) if piece.dtype == torch.float32 else small[:, :-1].copy_(piece - search.centre)
     squares = small[:, :-1].square().sum(1)
     small[:, -1] = squares
-    if self.room.numel() < len(piece) * len(self.queries):
-        self.room = torch.empty(len(piece) * len(self.queries), device=piece.device)  # used again: fresh memory costs more than what is written to it
-    rough = self.room[: len(piece) * len(self.queries)].view(len(self.queries), len(piece))
-    torch.mm(self.queries, small.T, out=rough)  # without the queries' squares, which order nothing
+    if search.room.numel() < len(piece) * len(search.queries):
+        search.room = torch.empty(len(piece) * len(search.queries), device=piece.device)  # used again: fresh memory costs more than what is written to it
+    rough = search.room[: len(piece) * len(search.queries)].view(len(search.queries), len(piece))
+    torch.mm(search.queries, small.T, out=rough)  # without the queries' squares, which order nothing
     everyone = torch.arange(len(rough), device=rough.device)
-    if self.exclude is not None:
-        inside = (self.exclude >= self.at) & (self.exclude < self.at + len(piece))
-        rough[everyone[inside], self.exclude[inside] - self.at] = torch.inf
-    before = self.distance.clone(), self.index.clone()
-    count = min(self.k + 8, len(piece))
+    if search.exclude is not None:
+        inside = (search.exclude >= search.at) & (search.exclude < search.at + len(piece))
+        rough[everyone[inside], search.exclude[inside] - search.at] = torch.inf
+    before = search.distance.clone(), search.index.clone()
+    count = min(search.k + 8, len(piece))
     value, place = _smallest(rough, count)
-    slack = 4 * 1.2e-7 * piece.shape[1] ** 0.5 * (self.squares + squares.max())
-    promising = (value + self.squares[:, None] - slack[:, None] <= self.distance[:, -1:]) & value.isfinite()
+    slack = 2 * (piece.shape[1] + 16) * _roundoff(piece.device) * (search.squares + squares.max())
+    promising = (value + search.squares[:, None] - slack[:, None] <= search.distance[:, -1:]) & value.isfinite()
     place, order = place.sort(1)
     promising = promising.gather(1, order)
     rows, columns = promising.nonzero(as_tuple=True)
     found = torch.full(place.shape, torch.inf, dtype=torch.float64, device=rough.device)
-    found[rows, columns] = self._distances(rows, piece, place[rows, columns])
-    self._keep(everyone, found, place + self.at)
-    missed = value.amax(1) + self.squares - slack <= self.distance[:, -1]  # what was not nominated might be nearer
+    found[rows, columns] = search._distances(rows, piece, place[rows, columns])
+    search._keep(everyone, found, place + search.at)
+    missed = value.amax(1) + search.squares - slack <= search.distance[:, -1]  # what was not nominated might be nearer
     for i in missed.nonzero()[:, 0].tolist() if count < len(piece) else []:
-        self.distance[i], self.index[i] = before[0][i], before[1][i]
-        whole = (self.raw[i] - piece).square().sum(1, dtype=torch.float64)
+        search.distance[i], search.index[i] = before[0][i], before[1][i]
+        whole = (search.raw[i] - piece).square().sum(1, dtype=torch.float64)
         whole[rough[i].isinf()] = torch.inf
-        self._keep(everyone[i : i + 1], whole[None], self.at + torch.arange(len(piece), device=rough.device)[None])
-    self.at += len(piece)
+        search._keep(everyone[i : i + 1], whole[None], search.at + torch.arange(len(piece), device=rough.device)[None])
+    search.at += len(piece)
 
 # %% ../nbs/65_neighbours.ipynb #8bf237b1
 def _rows(values: Tensor, what: str, metric: str, at: int = 0) -> Tensor:
@@ -178,22 +184,27 @@ class Gallery:
     image_size: int  # pixels along a side
     view: Callable[[Tensor], Tensor] | None = None  # pictures [B, 3, S, S] in −1…1 → [B, …]; None: the pictures themselves
     limit: int | None = None  # the first so many; None: all
+    among: Sequence[int] | None = None  # only these places of the source, in this order; None: all
     batch: int = 256  # pictures at a time
     rank: int = 0  # of this process
     world: int = 1  # processes that share the source
     places: list[int] = field(default_factory=list)  # of the last pass: which of the source's pictures were handed out, in order
+    captions: list[str] = field(default_factory=list)  # theirs
 
     def __iter__(self) -> Iterator[Tensor]:
-        n = min(self.limit or len(self.source), len(self.source))
+        among = range(len(self.source)) if self.among is None else self.among
+        n = min(self.limit or len(among), len(among))
         first, last = self.rank * n // self.world, (self.rank + 1) * n // self.world
-        self.places, pictures = [], []
-        for place in range(first, last):
+        self.places, self.captions, pictures = [], [], []
+        for turn, place in enumerate(among[first:last], first + 1):
             try:
-                pictures.append(image_tensor(self.source[place].image, self.image_size))
+                sample = self.source[place]
+                pictures.append(image_tensor(sample.image, self.image_size))
                 self.places.append(place)
+                self.captions.append(sample.caption)
             except DataError as error:
                 logging.getLogger("difflit").warning("%s: picture %d is left out of the gallery: %s", self.source.name, place, error)
-            if len(pictures) == self.batch or (place == last - 1 and pictures):
+            if len(pictures) == self.batch or (turn == last and pictures):
                 stacked = torch.stack(pictures)
                 yield stacked if self.view is None else self.view(stacked)
                 pictures = []
@@ -205,6 +216,22 @@ class Gallery:
         "Read some pictures again."
         samples = [self.source[self.places[i]] for i in index]
         return torch.stack([image_tensor(sample.image, self.image_size) for sample in samples]), [sample.caption for sample in samples]
+
+    def vectors(
+        self,
+        index: Sequence[int],  # places among those that were handed out
+    ) -> Tensor:  # [N, …]
+        "Some of what was handed out, again."
+        pictures = self.pictures(index)[0]
+        return pictures if self.view is None else self.view(pictures)
+
+    def only(
+        self,
+        index: Sequence[int],  # places among those that were handed out
+    ) -> Self:  # another gallery
+        "A gallery of some of them."
+        chosen = [self.places[i] for i in index]
+        return replace(self, among=chosen, limit=None, rank=0, world=1, places=chosen, captions=[self.captions[i] for i in index])
 
 # %% ../nbs/65_neighbours.ipynb #e4c671d6
 @torch.no_grad()

@@ -11,7 +11,7 @@ __all__ = ['CLIP_MEANS', 'CLIP_STDS', 'CLIPS', 'Text', 'Gradient', 'ClipConfig',
 # %% ../nbs/30_perception.ipynb #1f30aa0f
 import importlib.util
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -556,35 +556,35 @@ class Lpips(nn.Module):
         self.register_buffer("means", torch.tensor((-0.030, -0.088, -0.188)).view(3, 1, 1), persistent=False)
         self.register_buffer("stds", torch.tensor((0.458, 0.448, 0.450)).view(3, 1, 1), persistent=False)
 
+    def _maps(self, images: Tensor) -> Iterator[tuple[int, Tensor]]:
+        "Each depth's number and its features, of unit length at each place, [B, C, H, W]. Raises `ValueError` for pictures that are too small."
+        if images.shape[1] != 3 or min(images.shape[-2:]) < 16:
+            raise ValueError(f"LPIPS looks at pictures of 3 channels with sides of 16 or more, not {list(images.shape[1:])}")
+        x = (images - self.means) / self.stds
+        for i, layer in enumerate(self.features):
+            x = layer(x)
+            if i in _DEPTHS:
+                yield _DEPTHS.index(i), x / (x.square().sum(1, keepdim=True) + 1e-8).sqrt()
+
     def forward(
         self,
         predicted: Tensor,  # [B, 3, H, W] in about −1…1, sides of 16 or more
         true: Tensor,  # same shape
     ) -> Tensor:  # [B], 0 for equal pictures
         "Distance of each pair. Raises `ValueError` for pictures that are too small."
-        if predicted.shape[1] != 3 or min(predicted.shape[-2:]) < 16:
-            raise ValueError(f"LPIPS looks at pictures of 3 channels with sides of 16 or more, not {list(predicted.shape[1:])}")
-        x, total = (torch.cat([predicted, true]) - self.means) / self.stds, predicted.new_zeros(len(predicted))
-        for i, layer in enumerate(self.features):
-            x = layer(x)
-            if i in _DEPTHS:
-                a, b = (x / (x.square().sum(1, keepdim=True) + 1e-8).sqrt()).chunk(2)
-                total = total + torch.einsum("bchw,c->bhw", (a - b).square(), self.linear[_DEPTHS.index(i)]).flatten(1).mean(1)
+        total = predicted.new_zeros(len(predicted))
+        for depth, features in self._maps(torch.cat([predicted, true])):
+            a, b = features.chunk(2)
+            total = total + torch.einsum("bchw,c->bhw", (a - b).square(), self.linear[depth]).flatten(1).mean(1)
         return total
 
     def embed(
         self,
-        pictures: Tensor,  # [B, 3, H, W] in −1…1, sides of 16 or more
-    ) -> Tensor:  # [B, E]; the squared distance of two rows is the LPIPS of their pictures
-        "Features weighted by the roots of LPIPS's weights, so that many pictures are compared and each is looked at once. The weights must not be negative."
-        x, rows = (pictures - self.means) / self.stds, []
-        for i, layer in enumerate(self.features):
-            x = layer(x)
-            if i in _DEPTHS:
-                unit = x / (x.square().sum(1, keepdim=True) + 1e-8).sqrt()
-                weight = (self.linear[_DEPTHS.index(i)] / (x.shape[2] * x.shape[3])).sqrt()
-                rows.append((unit * weight[:, None, None]).flatten(1))
-        return torch.cat(rows, 1)
+        images: Tensor,  # [N, 3, H, W] in about −1…1, sides of 16 or more
+    ) -> Tensor:  # [N, D], 122 numbers per pixel where the sides are multiples of 16
+        "Vectors whose squared Euclidean distances are the distances: n pictures go through the network n times, not once per pair."
+        parts = [(features * (self.linear[depth] / features[0, 0].numel()).sqrt()[:, None, None]).flatten(1) for depth, features in self._maps(images)]
+        return torch.cat(parts, 1)
 
 # %% ../nbs/30_perception.ipynb #5f663716
 def _lpips_files() -> tuple[Path, Path]:

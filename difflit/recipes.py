@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,10 @@ from .training import LOOP_COLUMNS, Hook, TrainingError, TrainState, load_state,
 from .weights import glide_diffusion, load_glide
 
 # %% ../nbs/71_recipes.ipynb #c5024a38
+from .audits import pictures_of
 from .evaluation import Candidate, Question, judge, make_panel
-from .memorization import ratio
-from .neighbours import duplicates, gallery_of, nearest_caption_agreement
+from .memorization import different, ratio
+from .neighbours import gallery_of, nearest_caption_agreement
 from .oracles import alignment, digit_agreement, train_digit_classifier
 from .randomness import permute
 from .scores import share_score
@@ -770,7 +772,8 @@ def save_job(
     card = model_card(job.state.model, diffusion=job.diffusion, image_size=s.image_size, data=s.data, **more)
     extra = {"config.json": card} | ({"tokenizer.json": job.tokenizer.dumps()} if isinstance(job.tokenizer, Tokenizer) else {})
     entries = {"loader": _loader_state(job), "batch_size": s.batch_size, "watch": job.watch.state_dict() if job.watch else None}
-    latest = {name: row[name] for row in job.tracker.rows[-1:] for name in row if name.startswith("val_loss")}
+    measured = [*takewhile(lambda row: row["step"] == job.state.step, reversed(job.tracker.rows))]  # each hook has its row
+    latest = {name: row[name] for row in measured for name in row if name.startswith(("val_loss", "judge/", "audit/"))}
     where = job.writer or job.run.path / "checkpoints"
     return save_state(job.state, where, extra, _retention(s), job.task, {**latest, **job.scores}, **entries)
 
@@ -844,16 +847,14 @@ def audit_now(
 ) -> dict[str, float]:  # audit/NAME → share of copies
     "Draw training captions and look for copies of training pictures by `ratio`, in pixels. Writes scores/step-XXXXXXXX.json."
     s, train, held = job.settings, job.data.train, job.data.held_out
-    n, few = min(COMPARED, len(train)), min(s.audit_images, len(train))
     if job.gallery is None:
-        whole = torch.stack([image_tensor(sample.image, s.image_size) for sample in sound_samples(train, range(n))])
-        job.gallery = whole[duplicates(whole.flatten(1)).eq(torch.arange(len(whole)))]
-    chosen = [train[i] for i in permute(s.seed, "audit", torch.arange(few), n).tolist()]
-    drawn = job_pictures(job, chosen, 40_000)[0]
+        whole = pictures_of(train, s.image_size, COMPARED)[0]
+        job.gallery = whole[different(whole)]
+    places = permute(s.seed, "audit", torch.arange(min(s.audit_images, len(train))), min(COMPARED, len(train))).tolist()
+    drawn = job_pictures(job, [*sound_samples(train, places)], 40_000)[0]
     found = {"copied": ratio(drawn, job.gallery, deduplicate=False).score()}
     if held is not None and len(held):
-        control = torch.stack([image_tensor(sample.image, s.image_size) for sample in sound_samples(held, range(min(few, len(held))))])
-        found["copied.held_out"] = ratio(control, job.gallery, deduplicate=False).score()
+        found["copied.held_out"] = ratio(pictures_of(held, s.image_size, s.audit_images)[0], job.gallery, deduplicate=False).score()
     return _note_scores(job, "audit", found)
 
 # %% ../nbs/71_recipes.ipynb #761f04bd
@@ -995,6 +996,11 @@ def train_job(
         return job
     except Exception as error:
         fail(job.run, error)  # at once: the launcher's SIGTERM for the processes that are left must not have the first word
+        if job.writer is not None:
+            try:
+                job.writer.wait()  # the checkpoint that is being written is the newest good one
+            except (OSError, CheckpointError) as lost:
+                error.add_note(str(lost))
         raise
     if job.state.sharded:
         job.state.ema.gather()  # all processes, also where there was no step left to do

@@ -47,9 +47,9 @@ def restoration(
         plain, hidden, way = mean[..., None, None].expand_as(truth), 1 - mask, "mean of the known pixels"
     ours, theirs = psnr(images, truth, hidden), psnr(plain, truth, hidden)
     over = "all pixels" if hidden is None else "erased pixels"
-    return {"restoration.psnr": mean_score(ours, f"dB over {over}; normal 95 %"),
-            "restoration.plain_psnr": mean_score(theirs, f"dB of {way} over {over}; normal 95 %"),
-            "restoration.gain": mean_score(ours - theirs, f"dB above {way}, picture by picture; normal 95 %")}
+    return {"restoration.psnr": mean_score(ours, f"dB over {over}; Student 95 %"),
+            "restoration.plain_psnr": mean_score(theirs, f"dB of {way} over {over}; Student 95 %"),
+            "restoration.gain": mean_score(ours - theirs, f"dB above {way}, picture by picture; Student 95 %")}
 
 # %% ../nbs/63_similarity.ipynb #023b71dc
 def check_pair(
