@@ -8,7 +8,7 @@ __all__ = ['WANTED', 'States', 'COLUMNS', 'STATE_COLOURS', 'RunRow', 'read_tail'
            'sort_rows', 'age_text', 'main_scores', 'row_cells', 'runs_table', 'state_counts', 'runs_csv', 'watch_runs',
            'Sweep', 'read_sweep', 'list_sweeps', 'settings_beside', 'read_curves', 'curves_beside']
 
-# %% ../nbs/75_overview.ipynb #4280dc44
+# %% ../nbs/75_overview.ipynb #8ce79fe9
 import csv
 import io
 import itertools
@@ -34,7 +34,7 @@ import yaml
 from .config import SettingsError, _Loader, nearest, read_settings
 from .runs import read_status
 
-# %% ../nbs/75_overview.ipynb #f08e0963
+# %% ../nbs/75_overview.ipynb #b7d0d701
 @dataclass
 class RunRow:
     "What is known of one run; None is what is not known."
@@ -69,7 +69,7 @@ class RunRow:
         on_gpu = bool(self.gpus) and self.settings.get("device") != "cpu"
         return self.processes * self.seconds / 3600 if on_gpu and self.seconds is not None else None
 
-# %% ../nbs/75_overview.ipynb #f17d21ab
+# %% ../nbs/75_overview.ipynb #f4d072a6
 def _moment(value: Any) -> float | None:
     "Seconds since 1970 of a time as a status tells it."
     with suppress(TypeError, ValueError, OverflowError):
@@ -110,7 +110,7 @@ def _take_status(row: RunRow, path: Path) -> None:
     if row.started is not None and last is not None:
         row.seconds = max(0.0, last - row.started) + (_number(status.get("earlier_seconds")) or 0.0)
 
-# %% ../nbs/75_overview.ipynb #91071038
+# %% ../nbs/75_overview.ipynb #b3972a5d
 _WORDS = {"true": True, "false": False, "null": None, "''": ""}
 
 
@@ -147,7 +147,7 @@ def _take_settings(row: RunRow, path: Path) -> None:
     row.resolved = path.name == "settings.yaml" and text.endswith("\n")
     row.preset = row.preset or str(found.get("preset", ""))
 
-# %% ../nbs/75_overview.ipynb #5f1513e1
+# %% ../nbs/75_overview.ipynb #e426fb52
 WANTED = {"step": 1, "loss": 20, "val_loss": 1, "images_per_second": 20}
 
 
@@ -192,7 +192,7 @@ def _take_metrics(row: RunRow, path: Path) -> None:
     row.val_loss = last["val_loss"][-1] if last.get("val_loss") else None
     row.images_per_second = statistics.median(last["images_per_second"]) if last.get("images_per_second") else None
 
-# %% ../nbs/75_overview.ipynb #85e04649
+# %% ../nbs/75_overview.ipynb #d5cf08f5
 def _take_scores(row: RunRow, path: Path) -> None:
     "The values of scores."
     for name, score in _mapping(path).items():
@@ -242,7 +242,7 @@ def read_run(
         row.reason = "no word of its state is left, but a run was here"
     return row
 
-# %% ../nbs/75_overview.ipynb #9ea35134
+# %% ../nbs/75_overview.ipynb #44117f58
 _MARKS = frozenset({"status.json", "settings.yaml", "launch.yaml", "job.json", "metrics.csv"})
 
 
@@ -284,7 +284,7 @@ def _promised(folder: Path, record: Mapping[str, Any]) -> list[str]:
     product = itertools.product(*varying.values()) if varying and not cells else ()
     return list(dict.fromkeys(cells or [",".join(f"{name}={value}" for name, value in zip(varying, values)) for values in product]))
 
-# %% ../nbs/75_overview.ipynb #b5273be4
+# %% ../nbs/75_overview.ipynb #0deae501
 def _is_sweep(names: set[str]) -> bool:
     "Whether these files are those of a sweep; a single run has a list of runs too, with one line."
     return "sweep.yaml" in names or "runs.txt" in names and not _is_run(names)
@@ -320,7 +320,7 @@ def find_runs(
             found += [(root / name / cell, name) for cell in _cells(root / name, inner)]
     return found
 
-# %% ../nbs/75_overview.ipynb #da71a952
+# %% ../nbs/75_overview.ipynb #df927c1e
 States = Callable[[str, list[str]], Mapping[str, str]]  # (scheduler, ids of jobs) → pending, running or gone
 
 
@@ -374,7 +374,7 @@ def check_states(
         for row in group:
             _settle(row, answers.get(job_key(row.job), ""), time.time() if now is None else now)
 
-# %% ../nbs/75_overview.ipynb #f956673d
+# %% ../nbs/75_overview.ipynb #afee8d0f
 def list_rows(
     root: str | Path = "runs",  # a folder of runs and sweeps, or one sweep, or one run
     states: States | None = None,  # asks schedulers; None: nobody is asked
@@ -387,7 +387,7 @@ def list_rows(
         check_states(rows, states)
     return sorted(rows, key=lambda row: -(row.started or 0))
 
-# %% ../nbs/75_overview.ipynb #5a25e59e
+# %% ../nbs/75_overview.ipynb #9cda8176
 _NEVER_VARYING = {"run_dir", "resume", "preset", "walltime", "init_from_digest"}
 
 
@@ -430,7 +430,7 @@ def short_value(
     text = text.rstrip("/").rpartition("/")[2] if "/" in text and " " not in text and len(text) > 24 else text
     return text if len(text) <= 24 else text[:23] + "…"
 
-# %% ../nbs/75_overview.ipynb #01359d0f
+# %% ../nbs/75_overview.ipynb #0353410c
 COLUMNS = ("name", "sweep", "status", "reason", "kind", "preset", "step", "steps", "loss", "val_loss", "images_per_second", "processes", "gpu_hours",
            "hours", "age", "job")
 _SIGNS: dict[str, Callable[[Any, Any], bool]] = {"!=": operator.ne, "<=": operator.le, ">=": operator.ge, "==": operator.eq, "=": operator.eq,
@@ -467,7 +467,7 @@ def _check_name(name: str, rows: Sequence[RunRow]) -> str:
         raise SettingsError(f"no run has {name!r}{nearest(name, names)}; there are the columns {', '.join(COLUMNS)}, and the settings and scores of the runs")
     return name
 
-# %% ../nbs/75_overview.ipynb #4db486c5
+# %% ../nbs/75_overview.ipynb #fbea9dfb
 def _alike(have: Any, word: str, condition: str) -> tuple[Any, Any]:
     "A run's value and a word to compare it with, both as numbers if the first is one. Raises `SettingsError` if the second is none."
     if isinstance(have, bool) or not isinstance(have, int | float):
@@ -519,7 +519,7 @@ def sort_rows(
     known.sort(key=lambda pair: pair[0] if numbers else str(pair[0]), reverse=reverse)
     return [row for _, row in known] + [row for row in rows if value_of(row, by) is None]
 
-# %% ../nbs/75_overview.ipynb #8b3fc808
+# %% ../nbs/75_overview.ipynb #9fdfb0c5
 STATE_COLOURS = {"running": "cyan", "done": "green", "preempted": "yellow", "queued": "blue", "starting": "blue", "submitted": "blue", "pruned": "dim",
                  "failed": "red", "dead": "red", "missing": "magenta", "unreadable": "magenta", "unknown": "magenta"}
 
@@ -570,7 +570,7 @@ def _calm(text: str) -> str:
     "A text without what would move a cursor or break a line."
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+", " ", text)
 
-# %% ../nbs/75_overview.ipynb #18902dce
+# %% ../nbs/75_overview.ipynb #0bd5c306
 _SPARE = {"why": 16, "scores": 14, "settings": 16, "name": 24}  # what a column may be cut to, the first to be cut first
 _LEFT_OUT = ("preset", "img/s", "GPU h", "scores", "settings")  # if that is not enough
 
@@ -599,7 +599,7 @@ def _fitted(text: str, width: int, right: bool) -> str:
         return set_cell_size(text, width - 1) + "…"
     return " " * (width - length) + text if right else text + " " * (width - length)
 
-# %% ../nbs/75_overview.ipynb #903ec8a4
+# %% ../nbs/75_overview.ipynb #b476ceeb
 def runs_table(
     rows: Sequence[RunRow],  # of `list_rows`
     now: float | None = None,  # seconds since 1970, which ages are counted to; None: now
@@ -632,7 +632,7 @@ def state_counts(
     order = sorted(seen, key=lambda state: (-seen[state], state))
     return f"{len(rows)} run{'s' * (len(rows) != 1)}" + (": " + ", ".join(f"{seen[state]} {state}" for state in order) if rows else "")
 
-# %% ../nbs/75_overview.ipynb #3f618251
+# %% ../nbs/75_overview.ipynb #b6d0e28e
 def runs_csv(
     rows: Sequence[RunRow],  # of `list_rows`
 ) -> str:  # with a header line
@@ -666,7 +666,7 @@ def watch_runs(
             time.sleep(every_seconds)
             live.update(table(), refresh=True)
 
-# %% ../nbs/75_overview.ipynb #4ad5e46e
+# %% ../nbs/75_overview.ipynb #1fad9d87
 @dataclass
 class Sweep:
     "A sweep and the runs of its cells."
@@ -696,7 +696,7 @@ class Sweep:
         rest = ", ".join(f"{len(self.by_state(s))} {s}" for s in dict.fromkeys(row.state for row in self.cells.values()) if s != "done")
         return f"{self.path.name}: {done} of {total} done" + (f"; {rest}" if rest else "")
 
-# %% ../nbs/75_overview.ipynb #9822d90f
+# %% ../nbs/75_overview.ipynb #92328574
 def read_sweep(
     folder: str | Path,  # of the sweep
     rows: Sequence[RunRow] | None = None,  # of its runs, if they have been read already
@@ -720,7 +720,7 @@ def list_sweeps(
     folders = [Path(root), *(Path(root) / name for name in sorted(_names(Path(root)), reverse=True))]
     return [read_sweep(folder, rows) for folder in folders if _is_sweep(_names(folder))]
 
-# %% ../nbs/75_overview.ipynb #309ab20a
+# %% ../nbs/75_overview.ipynb #8a348ffd
 def settings_beside(
     paths: Sequence[str | Path],  # run directories
 ) -> str:  # Markdown; a sentence if they do not differ
@@ -735,7 +735,7 @@ def settings_beside(
     lines = ["| setting | " + " | ".join(row.name.replace("|", "\\|") for row in rows) + " |", "|---|" + "---|" * len(rows)]
     return "\n".join(lines + [f"| {name} | " + " | ".join(cell(row, name) for row in rows) + " |" for name in differ] + (["", *faults] if faults else []))
 
-# %% ../nbs/75_overview.ipynb #fc14dfad
+# %% ../nbs/75_overview.ipynb #8280b841
 def read_curves(
     path: str | Path,  # a run directory
 ) -> dict[str, tuple[list[float], list[float]]]:  # loss and val_loss: steps and values; empty if there are none

@@ -6,7 +6,7 @@
 __all__ = ['Report', 'read_report', 'verdict', 'report_paths', 'stitch', 'notebook_bytes', 'shrink', 'thumbnail', 'thin_curve',
            'sweep_grid', 'write_page', 'write_index', 'archive_run', 'verify_archive', 'unpack_archive']
 
-# %% ../nbs/79_pages.ipynb #c92ccb88
+# %% ../nbs/79_pages.ipynb #02fa8deb
 import base64
 import copy
 import hashlib
@@ -32,7 +32,7 @@ from .config import SettingsError
 from .files import MANIFEST, _seal, atomic_directory, atomic_file, atomic_write, require_room
 from .overview import RunRow, States, Sweep, differing, list_rows, list_sweeps, main_scores, read_run, row_cells, state_counts, varying_settings
 
-# %% ../nbs/79_pages.ipynb #6bc6aaf0
+# %% ../nbs/79_pages.ipynb #41206c93
 @dataclass
 class Report:
     "An executed notebook, or what is left of it."
@@ -77,7 +77,7 @@ def _sound_output(output: Any) -> dict[str, Any] | None:
                 "traceback": [str(line) for line in lines] if isinstance(lines, list) else []}
     return None
 
-# %% ../nbs/79_pages.ipynb #a46ed5ea
+# %% ../nbs/79_pages.ipynb #6d28d02d
 def _sound_cell(cell: Any) -> dict[str, Any] | None:
     "A cell with all that it must have, or None."
     kind = cell.get("cell_type") if isinstance(cell, dict) else None
@@ -129,7 +129,7 @@ def read_report(
     report.cells = [good for cell in (cells if isinstance(cells, list) else []) if (good := _sound_cell(cell))]
     return report
 
-# %% ../nbs/79_pages.ipynb #52af31bc
+# %% ../nbs/79_pages.ipynb #7cecc3b3
 def verdict(
     report: Report,  # of a run
     row: RunRow,  # the run
@@ -143,7 +143,7 @@ def verdict(
         return f"{report.path.name}: {true}"
     return f"{report.path.name}: the notebook looks {report.claim}, but {true}; the run's word counts"
 
-# %% ../nbs/79_pages.ipynb #e7984cfd
+# %% ../nbs/79_pages.ipynb #70c049fd
 def report_paths(
     run_dir: str | Path,  # a run directory
 ) -> list[Path]:  # report.ipynb, report.1.ipynb …; a gap is named too
@@ -171,7 +171,7 @@ def _endings(run_dir: Path, parts: int) -> list[str]:
     said = [part[-2] if len(part) > 1 else "killed without a word" for part in words[:-1]]
     return [f"{why}; {part[-1].replace('resumed', 'it went on')}" for why, part in zip(said, words[:-1])]
 
-# %% ../nbs/79_pages.ipynb #64ebf03c
+# %% ../nbs/79_pages.ipynb #24fe6982
 def _note(text: str) -> dict[str, Any]:
     "A cell of Markdown."
     return {"cell_type": "markdown", "metadata": {}, "source": text}
@@ -210,7 +210,7 @@ def _folded(cells: Sequence[dict[str, Any]], shown: dict[str, str], last: bool) 
     if reached < len(cells):
         yield _note(f"*{len(cells) - reached} more cells had not been run when it was interrupted.*")
 
-# %% ../nbs/79_pages.ipynb #0055f72f
+# %% ../nbs/79_pages.ipynb #2eeb72c4
 def stitch(
     run_dir: str | Path,  # a run directory
     limit_bytes: int = 2_900_000,  # that the notebook may have; outputs are shrunk to fit
@@ -240,7 +240,7 @@ def _notebook(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
     numbered = [{**copy.deepcopy(cell), "id": f"cell-{i}"} for i, cell in enumerate(cells)]
     return {"cells": numbered, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
 
-# %% ../nbs/79_pages.ipynb #0782cd87
+# %% ../nbs/79_pages.ipynb #5a6e8e86
 def _encoded(data: str, most: int, quality: int) -> tuple[str, str]:
     "A picture anew: kind and base64. Raises what PIL raises."
     picture = Image.open(io.BytesIO(base64.b64decode(data)))
@@ -278,7 +278,7 @@ def notebook_bytes(
     "A notebook as a file."
     return (json.dumps(notebook, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "replace")
 
-# %% ../nbs/79_pages.ipynb #9b03b529
+# %% ../nbs/79_pages.ipynb #1e65f123
 def shrink(
     notebook: dict[str, Any],  # as JSON has it; left as it is
     limit_bytes: int = 2_900_000,  # of the file
@@ -303,7 +303,7 @@ def shrink(
         cell["source"] = cell["source"][:1000] + f"\n… {len(cell['source']) - 1000} letters left out"
     return notebook
 
-# %% ../nbs/79_pages.ipynb #5d09955a
+# %% ../nbs/79_pages.ipynb #77196839
 def _last_pictures(run_dir: Path) -> Iterator[IO[bytes]]:
     "Where a picture of a run may be found, the best first."
     names: list[str] = []
@@ -359,7 +359,7 @@ def thin_curve(
                     found[float(cells[step])] = number
     return sorted(found.items())
 
-# %% ../nbs/79_pages.ipynb #3725e188
+# %% ../nbs/79_pages.ipynb #9fd9e388
 _STYLE = """
 :root{color-scheme:light dark;--back:#f6f7f9;--card:#fff;--ink:#1c2330;--soft:#5b6678;--line:#dde2ea;
 --good:#18794e;--bad:#c2293a;--busy:#0b68cb;--wait:#8a6100;--odd:#8e3fb0}
@@ -416,7 +416,7 @@ def _link(path: Path, base: Path) -> str:
     "A path as a page below `base` links to it."
     return urllib.parse.quote(os.path.relpath(path, base).replace(os.sep, "/"))
 
-# %% ../nbs/79_pages.ipynb #161b50cf
+# %% ../nbs/79_pages.ipynb #2fb1e223
 def _sparkline(curve: Sequence[tuple[float, float]]) -> str:
     "A curve as a line of SVG."
     if len(curve) < 3:
@@ -440,7 +440,7 @@ def _card(row: RunRow, cells: Mapping[str, str], settings: str, base: Path, pict
             + (f'<p class="why">{_escape(cells["why"])}</p>' if cells["why"] else "") + image + _sparkline(thin_curve(row.path / "metrics.csv"))
             + f"<dl>{facts}</dl>" + (f'<p class="soft">{links}</p>' if links else "") + "</article>")
 
-# %% ../nbs/79_pages.ipynb #6c4f959c
+# %% ../nbs/79_pages.ipynb #841965d9
 def _cell_text(row: RunRow, score: str | None) -> str:
     "State, and a score where there is one."
     return row.state + (f" {row.scores[score]:.3g}" if score and score in row.scores else "")
@@ -471,7 +471,7 @@ def _section(sweep: Sweep) -> str:
     again = f"<p>Lacking: {_escape(', '.join(sweep.lacking))}</p><pre><code>{_escape(sweep.again)}</code></pre>" if sweep.again else ""
     return f'<h2>{_escape(sweep.path.name)}</h2><p class="soft">{_escape(sweep)}</p>{faults}<div class="scroll"><table>{table}</table></div>{again}'
 
-# %% ../nbs/79_pages.ipynb #ff227e90
+# %% ../nbs/79_pages.ipynb #0e54d436
 def _grouped(rows: Sequence[RunRow], sweeps: Sequence[Sweep]) -> list[tuple[Sweep | None, list[RunRow]]]:
     "Runs by the sweep they belong to, and the others."
     groups: list[tuple[Sweep | None, list[RunRow]]] = [(sweep, list(sweep.cells.values())) for sweep in sweeps]
@@ -483,7 +483,7 @@ def write_page(
     root: str | Path = "runs",  # a folder of runs and sweeps
     out: str | Path | None = None,  # the page (None: index.html in that folder)
     states: States | None = None,  # asks schedulers; None: nobody is asked
-    pictures: int = 400,  # of the newest runs, about 4 kB each
+    pictures: int = 400,  # of the newest runs, a few kB each
 ) -> Path:  # the page
     "One static page over all runs."
     root = Path(root)
@@ -507,7 +507,7 @@ def write_page(
             f"<title>{_escape(state_counts(rows))}</title><style>{_STYLE}</style>")
     return atomic_write(out, f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(body)}<script>{_SCRIPT}</script></body></html>\n')
 
-# %% ../nbs/79_pages.ipynb #c9e2f9b4
+# %% ../nbs/79_pages.ipynb #2d6f03f7
 def _sweep_markdown(sweep: Sweep) -> str:
     "A sweep as Markdown."
     heads, lines = sweep_grid(sweep)
@@ -553,7 +553,7 @@ def write_index(
         cells += [_runs_markdown(group[i : i + 50], text_of, out.parent, room) for i in range(0, len(group), 50)]
     return atomic_write(out, notebook_bytes(_notebook(cells)))
 
-# %% ../nbs/79_pages.ipynb #c378faff
+# %% ../nbs/79_pages.ipynb #04eefe6e
 _SMALL = ("status.json", "settings.yaml", "launch.yaml", "job.json", "scores.json", "environment.json", "data.json", "metrics.csv", "samples/prompts.txt")
 
 
@@ -593,7 +593,7 @@ class _Counted:
         self.bytes += len(piece)
         return piece
 
-# %% ../nbs/79_pages.ipynb #d5c155fc
+# %% ../nbs/79_pages.ipynb #309d9635
 def _add(tar: tarfile.TarFile, name: str, content: Path | bytes) -> dict[str, Any]:
     "Put one file into an archive; its entry in the manifest."
     member = tarfile.TarInfo(name)
@@ -640,7 +640,7 @@ def archive_run(
             _add(tar, f"{row.name}/{MANIFEST}", json.dumps({**manifest, "seal": _seal(manifest)}, indent=1).encode())
     return out
 
-# %% ../nbs/79_pages.ipynb #c71dee7e
+# %% ../nbs/79_pages.ipynb #d9358e3e
 def _unsafe(member: tarfile.TarInfo, seen: Sequence[str]) -> str | None:
     "What is wrong with a member, before it is read."
     path = PurePosixPath(member.name)
@@ -679,7 +679,7 @@ def _walk(archive: Path, place: Path | None) -> tuple[dict[str, dict[str, Any]],
             found[name] = {"bytes": counted.bytes, "sha256": counted.digest.hexdigest()}
     return found, manifest
 
-# %% ../nbs/79_pages.ipynb #e4ca468c
+# %% ../nbs/79_pages.ipynb #3b7a2de8
 def _faults(archive: Path, place: Path | None) -> list[str]:
     "What is wrong with an archive."
     try:
