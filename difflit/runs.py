@@ -376,6 +376,14 @@ def _await_rank_0(path: Path, seconds: float = 300.0) -> dict[str, Any]:
     raise RunError(f"rank 0 has not opened {path} within {seconds:g} s: do all processes see the same directory?")
 
 # %% ../nbs/03_runs.ipynb #0e68c49b
+def _lasted(status: Mapping[str, Any]) -> float:
+    "Seconds that a run has run so far, its earlier parts included, as far as its status tells."
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        ended = datetime.fromisoformat(status["ended"]).timestamp() if status.get("ended") else float(status["heartbeat"])
+        return float(status.get("earlier_seconds", 0.0)) + max(0.0, ended - datetime.fromisoformat(status["started"]).timestamp())
+    return 0.0
+
+
 def open_run(
     given: Mapping[str, Any],  # parameters by name, as typed
     file: str | Path | None = None,  # a YAML file of settings below them
@@ -395,6 +403,7 @@ def open_run(
         raise RunError(f"{path} already holds a run ({before['state']}, step {before.get('step', 0)}); give resume=auto to go on with it, or another run_dir")
     run = Run(path, kind, str(given.get("preset", usual)))
     run.resumed = opened.get("resumed", resume != "never" and (path / "settings.yaml").exists())
+    run.note(processes=world, earlier_seconds=_lasted(before or {}))
     _begin(run)
     try:
         saved = path / "settings.yaml" if run.resumed else None
