@@ -53,17 +53,17 @@ cd "$FOLDER" || exit 1
 [[ -n $IMAGE ]] && export DIFFLIT_IMAGE=$IMAGE
 [[ -n $SCRATCH ]] && mkdir -p "$SCRATCH" && export TMPDIR=$SCRATCH
 export JUPYTER_PREFER_ENV_PATH=1 HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}  # the environment's own kernel; a job never downloads
-export DIFFLIT_JOB=$JOB DIFFLIT_MARK=$JOB-$HOSTNAME-$$
+head=$(hostname) port=$((20000 + 10#0${JOB//[^0-9]/} % 20000)) file=$RUN/logs/job.sh
+export DIFFLIT_JOB=$JOB DIFFLIT_MARK=$JOB-$head-$$
 
 inside() { if [[ -n $IMAGE ]]; then apptainer exec --nv "$IMAGE" "$@"; else "$@"; fi; }
 
 inside python -m difflit.schedulers begin "$RUN" || exit 1
 
 report=$RUN/report.ipynb number=0
-while [[ -e $report ]]; do number=$((number + 1)) report=$RUN/report.$((number)).ipynb; done
+while [[ -e $report ]]; do number=$((number + 1)) report=$RUN/report.$number.ipynb; done
 settings=("${PARAMETERS[@]}")
 [[ -e $RUN/launch.yaml ]] && settings+=(-f "$RUN/launch.yaml")
-head=$HOSTNAME port=$((20000 + 10#0${JOB//[^0-9]/} % 20000)) file=$RUN/logs/job.sh
 
 process() {  # one kernel: rank 0's copy of the notebook is the report, the others' are logs
     [[ ${RANK:-0} = 0 ]] || report=$RUN/logs/rank-$RANK.ipynb
@@ -73,7 +73,7 @@ process() {  # one kernel: rank 0's copy of the notebook is the report, the othe
 node() {  # what node number $1 runs. Signals to everybody are ignored: papermill has to outlive the kernel's last checkpoint
     trap '' TERM USR1 USR2 URG
     local where=(--standalone)
-    ((NODES > 1)) && where=(--nnodes "$NODES" --node-rank "$1" --master-addr "$head" --master-port "$port")
+    ((NODES > 1)) && where=(--nnodes "$NODES" --node-rank "$1" --master-addr "$head" --master-port "$port" --rdzv-id "$DIFFLIT_MARK")
     if ((NODES * PROCESSES == 1)); then inside bash "$file" process
     else inside torchrun "${where[@]}" --nproc-per-node "$PROCESSES" --no-python bash "$file" process; fi
 }
@@ -82,7 +82,7 @@ tell() {  # pass the signal on to the kernel that status.json names, if this job
     local pid signal=$asked
     [[ $signal = INT ]] && signal=TERM
     pid=$(sed -n 's/.*"pid": *\([0-9][0-9]*\).*/\1/p' "$RUN/status.json" 2>/dev/null)
-    [[ -n $pid ]] && grep -qsxz "DIFFLIT_MARK=$DIFFLIT_MARK" "/proc/$pid/environ" && kill -"$signal" "$pid"
+    [[ -n $pid ]] && grep -qsFxz "DIFFLIT_MARK=$DIFFLIT_MARK" "/proc/$pid/environ" && kill -"$signal" "$pid"
 }
 
 {
