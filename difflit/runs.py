@@ -380,7 +380,7 @@ def _require_environment() -> None:
     "Raise `RunError` in an environment that the job was not submitted from."
     wanted = os.environ.get("DIFFLIT_PREFIX")
     if wanted and os.path.realpath(wanted) != os.path.realpath(sys.prefix):
-        raise RunError(f"this kernel runs in {sys.prefix}, but the job was submitted from {wanted}: `jupyter kernelspec list` there shows which kernel python3 is")
+        raise RunError(f"this kernel runs in {sys.prefix}, but the job was submitted from {wanted}; see `jupyter kernelspec list` there")
 
 # %% ../nbs/03_runs.ipynb #0e68c49b
 def open_run(

@@ -7,7 +7,7 @@ __all__ = ['SCHEDULERS', 'PREEMPTED', 'ENOUGH', 'BY_HAND', 'ClusterError', 'Prof
            'get_profile', 'JobSpec', 'Scheduler', 'scheduler', 'get_scheduler', 'find_scheduler', 'Slurm', 'LSF', 'PBS',
            'SGE', 'Local', 'require_environment', 'begin_job', 'end_job', 'main']
 
-# %% ../nbs/76_schedulers.ipynb #0e09358d
+# %% ../nbs/76_schedulers.ipynb #6c3925b9
 import argparse
 import json
 import os
@@ -34,7 +34,7 @@ from .files import atomic_write, cache_folder, read_json, write_json
 from .runs import DEAD_AFTER_SECONDS, read_status
 from .stopping import read_walltime
 
-# %% ../nbs/76_schedulers.ipynb #974c1128
+# %% ../nbs/76_schedulers.ipynb #4c847341
 class ClusterError(RuntimeError):
     "A cluster that is not described as it must be, or a scheduler that refuses."
 
@@ -66,7 +66,7 @@ class Profile(BaseModel):
             read_walltime(time)
         return time
 
-# %% ../nbs/76_schedulers.ipynb #b3004170
+# %% ../nbs/76_schedulers.ipynb #bba90e9d
 def hpc_folder() -> Path:
     "Where the job scripts lie: in the installed package, or beside it in a checkout."
     package = Path(str(files("difflit")))
@@ -86,9 +86,8 @@ def _read_profiles(path: Path) -> dict[str, Profile]:
 
 def _profile(path: Path, name: str, entry: dict[str, Any]) -> Profile:
     "One entry, or one sentence on what is wrong with it."
-    for key in entry:
-        if key not in Profile.model_fields:
-            raise ClusterError(f"{path}: profile {name!r} has an unknown key {key!r}{nearest(key, Profile.model_fields)}")
+    for unknown in (key for key in entry if key not in Profile.model_fields):
+        raise ClusterError(f"{path}: profile {name!r} has an unknown key {unknown!r}{nearest(unknown, Profile.model_fields)}")
     try:
         return Profile(**entry)
     except ValidationError as error:
@@ -96,7 +95,7 @@ def _profile(path: Path, name: str, entry: dict[str, Any]) -> Profile:
         key, given = first["loc"][0] if first["loc"] else "", first.get("input")
         raise ClusterError(f"{path}: profile {name!r}: {key}{'' if isinstance(given, dict) else f'={given!r}'}: {first['msg']}") from None
 
-# %% ../nbs/76_schedulers.ipynb #6b388244
+# %% ../nbs/76_schedulers.ipynb #1e3d10a8
 def load_profiles(
     path: str | Path | None = None,  # a file of profiles; None: those of `hpc/`, and above them `~/.config/difflit/clusters.yaml`
 ) -> dict[str, Profile]:  # by name
@@ -118,7 +117,7 @@ def get_profile(
         raise ClusterError(f"there is no profile {name!r}{nearest(name, there)}")
     return there[name]
 
-# %% ../nbs/76_schedulers.ipynb #380b38cb
+# %% ../nbs/76_schedulers.ipynb #983bdd15
 @dataclass(frozen=True)
 class JobSpec:
     "One job, or an array of them: what shall run, on what."
@@ -157,7 +156,7 @@ class JobSpec:
         "How long before it the run is told."
         return min(self.profile.warning_seconds, max(1, (self.time_seconds or 86400) // 4))
 
-# %% ../nbs/76_schedulers.ipynb #383f1d38
+# %% ../nbs/76_schedulers.ipynb #b09210f0
 _BEGIN, _END = "# >>> settings", "# <<< settings"
 
 
@@ -172,18 +171,17 @@ def _variables(spec: JobSpec) -> dict[str, str]:
         "RUN": "" if spec.array else str(Path(spec.runs[0]).resolve()),
         "RUNS": str(Path(spec.folder).resolve() / "runs.txt") if spec.array else "",
     }
-    quoted = {name: shlex.quote(value) for name, value in plain.items()} | {"PARAMETERS": "()"}
-    numbers = {"NODES": spec.nodes, "PROCESSES": spec.processes, "REQUEUES": spec.requeues}
-    quoted |= {name: str(value) for name, value in numbers.items()}
+    numbers = {"PARAMETERS": "()", "NODES": str(spec.nodes), "PROCESSES": str(spec.processes), "REQUEUES": str(spec.requeues)}
     rest = {"MODULES": " ".join(profile.modules), "ENVIRONMENT": environment, "IMAGE": str(Path(profile.image).expanduser()) if profile.image else ""}
-    return quoted | {name: shlex.quote(value) for name, value in rest.items()} | {"SCRATCH": f'"{scratch}"'}
+    first, last = ({name: shlex.quote(value) for name, value in some.items()} for some in (plain, rest))
+    return first | numbers | last | {"SCRATCH": f'"{scratch}"'}
 
 
 def _clock(seconds: int) -> str:
     "Hours, minutes and seconds, as most schedulers write them."
     return f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
-# %% ../nbs/76_schedulers.ipynb #d39b4b78
+# %% ../nbs/76_schedulers.ipynb #08b42e64
 def _call(words: Sequence[str], fine: str = "", **how: Any) -> str:
     "What a command says. Raises `ClusterError` with its complaint, unless that is a `fine` one."
     try:
@@ -213,7 +211,7 @@ def _number(id: str) -> tuple[str, str | None]:
     found = re.match(r"(\d+)(?:[_.\[](\d+))?", id)
     return (found[1], found[2]) if found else (id, None)
 
-# %% ../nbs/76_schedulers.ipynb #9c924841
+# %% ../nbs/76_schedulers.ipynb #8ca2cae3
 class Scheduler:
     "What all schedulers have in common. A new one says what raises `NotImplementedError` here."
 
@@ -262,7 +260,7 @@ class Scheduler:
         there = self.queue(list(ids)) if ids else []
         return {id: _state_of(id, there) for id in ids}
 
-# %% ../nbs/76_schedulers.ipynb #8cfb19dc
+# %% ../nbs/76_schedulers.ipynb #5a1a9113
 def _state_of(id: str, there: Sequence[tuple[str, str | None, str]]) -> str:
     "An array runs while any of its tasks does."
     job, task = _number(id)
@@ -283,11 +281,21 @@ def _render(scheduler: Scheduler, spec: JobSpec) -> str:
     return above + _BEGIN + first + "\n" + "\n".join(lines) + "\n" + _END + below
 
 
+def _tasks(spec: JobSpec, form: str) -> str:
+    "The tasks of an array as `form` says, with how many of them at a time; nothing for a single job."
+    return form.format(len(spec.runs), len(spec.runs) - 1) + (f"%{spec.max_parallel}" if spec.max_parallel else "") if spec.array else ""
+
+
+def _filled(*directives: tuple[str, Any]) -> list[str]:
+    "Directives with their values; those without one are left out."
+    return [text.format(value) for text, value in directives if value]
+
+
 def _log(spec: JobSpec, one: str, many: str) -> str:
     "Where a job's own words go; `one` and `many` hold the scheduler's placeholders for the numbers of job and task."
     return str(Path(spec.folder).resolve() / "logs" / (many if spec.array else one))
 
-# %% ../nbs/76_schedulers.ipynb #3ece42f3
+# %% ../nbs/76_schedulers.ipynb #d16bce90
 SCHEDULERS: dict[str, Scheduler] = {}
 
 
@@ -318,7 +326,7 @@ def find_scheduler() -> str:  # its name
     installed = {"slurm": "sbatch", "lsf": "bsub", "sge": "qconf", "pbs": "qsub"}
     return next((name for name, command in installed.items() if shutil.which(command)), "local")
 
-# %% ../nbs/76_schedulers.ipynb #dcbb3632
+# %% ../nbs/76_schedulers.ipynb #d44b8d0e
 @scheduler("slurm")
 class Slurm(Scheduler):
     "Slurm, by `sbatch`, `squeue` and `scancel`."
@@ -328,15 +336,14 @@ class Slurm(Scheduler):
     def directives(self, spec: JobSpec) -> list[str]:
         "For the head of a batch script."
         p, limit = spec.profile, spec.time_seconds
-        gres = f"gpu:{p.gpu_type}:{spec.gpus}" if p.gpu_type else f"gpu:{spec.gpus}"
-        lines = {
-            "job-name": spec.name, "output": shlex.quote(_log(spec, "", "").replace("%", "%%") + ("/%x-%A_%a.log" if spec.array else "/%x-%j.log")),
-            "open-mode": "append", "partition": p.partition, "account": p.account, "time": limit and f"{limit // 86400}-{_clock(limit % 86400)}",
-            "signal": f"B:USR2@{spec.warning_seconds}", "nodes": spec.nodes, "ntasks-per-node": 1, "cpus-per-task": spec.cpus,
-            "gres": gres if spec.gpus else None, "mem": p.memory,
-            "array": f"0-{len(spec.runs) - 1}" + (f"%{spec.max_parallel}" if spec.max_parallel else "") if spec.array else None,
-        }
-        return [f"--{name}={value}" for name, value in lines.items() if value] + ["--requeue"]
+        place = _log(spec, "", "").replace("%", "%%")
+        return _filled(
+            ("--job-name={}", spec.name), ("--output={}", shlex.quote(f"{place}/{'%x-%A_%a' if spec.array else '%x-%j'}.log")), ("--open-mode=append", True),
+            ("--partition={}", p.partition), ("--account={}", p.account), ("--time={}", limit and f"{limit // 86400}-{_clock(limit % 86400)}"),
+            ("--signal=B:USR2@{}", spec.warning_seconds), ("--requeue", True), ("--nodes={}", spec.nodes), ("--ntasks-per-node=1", True),
+            ("--cpus-per-task={}", spec.cpus), ("--gres=gpu:{}", spec.gpus and f"{p.gpu_type or ''}:{spec.gpus}".lstrip(":")), ("--mem={}", p.memory),
+            ("--array={}", _tasks(spec, "0-{1}")),
+        )
 
     def command(self, spec: JobSpec, script: Path) -> list[str]:
         "What submits a script."
@@ -359,7 +366,7 @@ class Slurm(Scheduler):
         "End a job, or one task of an array."
         _call(["scancel", id])
 
-# %% ../nbs/76_schedulers.ipynb #b01d0a2e
+# %% ../nbs/76_schedulers.ipynb #07f92e85
 @scheduler("lsf")
 class LSF(Scheduler):
     "IBM Spectrum LSF, by `bsub`, `bjobs` and `bkill`."
@@ -369,14 +376,13 @@ class LSF(Scheduler):
     def directives(self, spec: JobSpec) -> list[str]:
         "For the head of a batch script."
         p, minutes = spec.profile, -(-(spec.time_seconds or 0) // 60)
-        tasks = f"[1-{len(spec.runs)}]" + (f"%{spec.max_parallel}" if spec.max_parallel else "") if spec.array else ""
-        kind = f":gmodel={p.gpu_type}" if p.gpu_type else ""
-        limit = [f"-W {minutes // 60}:{minutes % 60:02d}", f"-wt {max(1, spec.warning_seconds // 60)}", "-wa URG"] if minutes else []
-        return [
-            f'-J "{spec.name}{tasks}"', f"-o {shlex.quote(_log(spec, '%J.log', '%J_%I.log'))}", *([f"-q {p.partition}"] if p.partition else []),
-            *([f"-P {p.account}"] if p.account else []), *limit, "-r", '-Q "75"', f"-n {spec.cpus * spec.nodes}", f'-R "span[ptile={spec.cpus}]"',
-            *([f'-gpu "num={spec.gpus}{kind}"'] if spec.gpus else []), *([f"-M {p.memory}"] if p.memory else []),
-        ]
+        return _filled(
+            ('-J "{}"', spec.name + _tasks(spec, "[1-{0}]")), ("-o {}", shlex.quote(_log(spec, "%J.log", "%J_%I.log"))),
+            ("-q {}", p.partition), ("-P {}", p.account),
+            ("-W {}", minutes and f"{minutes // 60}:{minutes % 60:02d}"), ("-wt {}", minutes and max(1, spec.warning_seconds // 60)), ("-wa URG", minutes),
+            ("-r", True), ('-Q "75"', True), ("-n {}", spec.cpus * spec.nodes), ('-R "span[ptile={}]"', spec.cpus),
+            ('-gpu "num={}"', spec.gpus and f"{spec.gpus}{':gmodel=' + p.gpu_type if p.gpu_type else ''}"), ("-M {}", p.memory),
+        )
 
     def command(self, spec: JobSpec, script: Path) -> list[str]:
         "What submits a script, which `bsub` reads from its standard input."
@@ -394,7 +400,7 @@ class LSF(Scheduler):
         job, task = _number(id)
         _call(["bkill", f"{job}[{task}]" if task else job])
 
-# %% ../nbs/76_schedulers.ipynb #47d962ec
+# %% ../nbs/76_schedulers.ipynb #f2c3b0ec
 @scheduler("pbs")
 class PBS(Scheduler):
     "PBS Professional and OpenPBS, by `qsub`, `qstat` and `qdel`."
@@ -404,13 +410,12 @@ class PBS(Scheduler):
     def directives(self, spec: JobSpec) -> list[str]:
         "For the head of a batch script."
         p, limit = spec.profile, spec.time_seconds
-        chunk = f"select={spec.nodes}:ncpus={spec.cpus}" + (f":ngpus={spec.gpus}" if spec.gpus else "") + (f":gpu_type={p.gpu_type}" if p.gpu_type and spec.gpus else "")
-        tasks = f"-J 0-{len(spec.runs) - 1}" + (f"%{spec.max_parallel}" if spec.max_parallel else "")
-        return [
-            f"-N {spec.name}", f"-o {shlex.quote(_log(spec, '', ''))}", "-j oe", "-r y", *([f"-q {p.partition}"] if p.partition else []),
-            *([f"-A {p.account}"] if p.account else []), *([f"-l walltime={_clock(limit)}"] if limit else []),
-            f"-l {chunk}" + (f":mem={p.memory.lower().removesuffix('b')}b" if p.memory else ""), *([tasks] if spec.array else []),
-        ]
+        kind, memory = p.gpu_type if spec.gpus else None, p.memory and p.memory.lower().removesuffix("b") + "b"
+        chunk = _filled(("select={}", spec.nodes), ("ncpus={}", spec.cpus), ("ngpus={}", spec.gpus), ("gpu_type={}", kind), ("mem={}", memory))
+        return _filled(
+            ("-N {}", spec.name), ("-o {}", shlex.quote(_log(spec, "", ""))), ("-j oe", True), ("-r y", True), ("-q {}", p.partition), ("-A {}", p.account),
+            ("-l walltime={}", limit and _clock(limit)), ("-l {}", ":".join(chunk)), ("-J {}", _tasks(spec, "0-{1}")),
+        )
 
     def variables(self, spec: JobSpec) -> dict[str, str]:
         "When to warn, and what to submit again."
@@ -431,7 +436,7 @@ class PBS(Scheduler):
         "End a job, or one task of an array."
         _call(["qdel", id])
 
-# %% ../nbs/76_schedulers.ipynb #d450337b
+# %% ../nbs/76_schedulers.ipynb #b6dbc1e4
 @scheduler("sge")
 class SGE(Scheduler):
     "Sun, Univa or Altair Grid Engine, by `qsub`, `qstat` and `qdel`."
@@ -441,14 +446,14 @@ class SGE(Scheduler):
     def directives(self, spec: JobSpec) -> list[str]:
         "For the head of a batch script. The parallel environment is called `smp`; a site's other name goes into the profile's options."
         p, limit = spec.profile, spec.time_seconds
-        tasks = [f"-t 1-{len(spec.runs)}", *([f"-tc {spec.max_parallel}"] if spec.max_parallel else [])] if spec.array else []
         own = any(option.startswith("-pe ") for option in p.options)
-        return [
-            f"-N {spec.name}", "-S /bin/bash", f"-o {shlex.quote(_log(spec, '', ''))}", "-j y", "-r y", "-notify", "-V", *([f"-q {p.partition}"] if p.partition else []),
-            *([f"-P {p.account}"] if p.account else []), *([f"-l h_rt={_clock(limit)}", f"-l s_rt={_clock(limit - spec.warning_seconds)}"] if limit else []),
-            *([] if own else [f"-pe smp {spec.cpus * spec.nodes}"]), *([f"-l gpu={spec.gpus}"] if spec.gpus else []),
-            *([f"-l gpu_type={p.gpu_type}"] if p.gpu_type and spec.gpus else []), *([f"-l mem_free={p.memory}"] if p.memory else []), *tasks,
-        ]
+        return _filled(
+            ("-N {}", spec.name), ("-S /bin/bash", True), ("-o {}", shlex.quote(_log(spec, "", ""))), ("-j y", True), ("-r y", True), ("-notify", True),
+            ("-V", True), ("-q {}", p.partition), ("-P {}", p.account),
+            ("-l h_rt={}", limit and _clock(limit)), ("-l s_rt={}", limit and _clock(limit - spec.warning_seconds)),
+            ("-pe smp {}", not own and spec.cpus * spec.nodes), ("-l gpu={}", spec.gpus), ("-l gpu_type={}", spec.gpus and p.gpu_type), ("-l mem_free={}", p.memory),
+            ("-t 1-{}", spec.array and len(spec.runs)), ("-tc {}", spec.array and spec.max_parallel),
+        )
 
     def variables(self, spec: JobSpec) -> dict[str, str]:
         "What must have ended well."
@@ -472,7 +477,7 @@ class SGE(Scheduler):
         job, task = _number(id)
         _call(["qdel", job, *(["-t", task] if task else [])])
 
-# %% ../nbs/76_schedulers.ipynb #602d7b91
+# %% ../nbs/76_schedulers.ipynb #9618b0e4
 def _jobs() -> Path:
     "Where this machine's jobs are written down."
     return cache_folder("jobs")
@@ -498,7 +503,7 @@ def _new_job() -> str:
             return str(number)
         number += 1
 
-# %% ../nbs/76_schedulers.ipynb #8176c9cb
+# %% ../nbs/76_schedulers.ipynb #6fc7ec5d
 @scheduler("local")
 class Local(Scheduler):
     "This machine: processes in the background."
@@ -524,7 +529,7 @@ class Local(Scheduler):
         id = _new_job()
         environment = {**os.environ, "DIFFLIT_LOCAL": id, "DIFFLIT_CACHE": str(_jobs().parent.resolve())}
         with open(Path(spec.folder) / "logs" / f"job-{id}.log", "ab") as log:
-            child = subprocess.Popen(self.command(spec, Path(script)), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=environment)
+            child = subprocess.Popen(self.command(spec, script), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=environment)
         atomic_write(_jobs() / id / "pid", str(child.pid))
         return id
 
@@ -539,7 +544,7 @@ class Local(Scheduler):
             raise ClusterError(f"no job {id} runs on this machine")
         os.kill(int((_jobs() / id / "pid").read_text()), signal.SIGTERM)
 
-# %% ../nbs/76_schedulers.ipynb #bf00f6af
+# %% ../nbs/76_schedulers.ipynb #feaeb735
 def require_environment(
     prefix: str | None = None,  # `sys.prefix` as submitted (None: `DIFFLIT_PREFIX`, which job scripts set)
     image: str | None = None,  # the Apptainer image, instead (None: `DIFFLIT_IMAGE`)
@@ -570,7 +575,7 @@ def _settled(run: Path, poll_seconds: float) -> dict[str, Any]:
         status = _status(run)
     return status
 
-# %% ../nbs/76_schedulers.ipynb #a99e87b1
+# %% ../nbs/76_schedulers.ipynb #220b1a16
 def begin_job(
     run: str | Path,  # the run directory
     poll_seconds: float = 2.0,  # between two looks at a run of another host that may be dead
@@ -587,7 +592,7 @@ def begin_job(
     if id and (run / "job.json").exists() and _number((known := read_json(run / "job.json")).get("id", id))[0] != _number(id)[0]:
         write_json(run / "job.json", {**known, "id": id})  # submitted once more by its own script, or by hand
 
-# %% ../nbs/76_schedulers.ipynb #f4952354
+# %% ../nbs/76_schedulers.ipynb #8ca0fcfa
 PREEMPTED, ENOUGH, BY_HAND = 75, 76, 130
 
 
@@ -614,7 +619,7 @@ def end_job(
         return _say(run, state or "no run was opened", 0)
     return _say(run, f"{state or 'no run was opened'}: {reason or f'the notebook ended with code {code}'}", 1)
 
-# %% ../nbs/76_schedulers.ipynb #b1f31192
+# %% ../nbs/76_schedulers.ipynb #0ad2a7a9
 def _heartbeat_before(run: Path) -> Any:
     "What stood in the status when the job began; a thing that equals nothing, if that is not known."
     with suppress(OSError, ValueError):
@@ -647,7 +652,7 @@ def _bury(run: Path, status: dict[str, Any], code: int, asked: str) -> tuple[str
         (run / "lock").unlink(missing_ok=True)
     return state, reason
 
-# %% ../nbs/76_schedulers.ipynb #95d6aaaf
+# %% ../nbs/76_schedulers.ipynb #6d746053
 def main(
     words: Sequence[str] | None = None,  # begin RUN, or end RUN --code 0 --asked USR2 --requeues 10 (None: of the command line)
 ) -> int:  # the exit code
@@ -667,6 +672,6 @@ def main(
         return _say(Path(given.run), str(error), 1)
     return 0
 
-# %% ../nbs/76_schedulers.ipynb #a527d9a0
+# %% ../nbs/76_schedulers.ipynb #fe5d6b4e
 if __name__ == "__main__" and sys.argv[0].endswith("schedulers.py"):  # python -m difflit.schedulers
     sys.exit(main())

@@ -1,4 +1,7 @@
-"""A real Slurm on this machine for tests, loopback only: started by the fixture `slurm`, stopped by the numbers of its processes. Where it is not installed, tests skip."""
+"""A real Slurm on this machine for tests, loopback only: started by the fixture `slurm`, stopped by the numbers of its processes.
+
+Where it is not installed, tests skip.
+"""
 
 import os
 import shutil
@@ -70,7 +73,11 @@ def why_not() -> str | None:
 
 
 class Slurm:
-    """Nodes `one` and `two` of four pretended cores each, both this machine. `hold` is how long a requeued job must wait at least: Slurm waits until the job's credential has expired, 120 s by default."""
+    """Nodes `one` and `two` of four pretended cores each, both this machine.
+
+    `hold` is how long a requeued job must wait: Slurm lets it begin again when the credential of its last start has expired, by default after 120 s
+    (`cred_expire`).
+    """
 
     def __init__(self, folder: Path, hold: int = 5):
         self.folder = folder
