@@ -7,7 +7,7 @@ __all__ = ['SCHEDULERS', 'PREEMPTED', 'ENOUGH', 'BY_HAND', 'ClusterError', 'Prof
            'get_profile', 'JobSpec', 'Scheduler', 'scheduler', 'get_scheduler', 'find_scheduler', 'Slurm', 'LSF', 'PBS',
            'SGE', 'Local', 'require_environment', 'begin_job', 'end_job', 'main']
 
-# %% ../nbs/76_schedulers.ipynb #6c3925b9
+# %% ../nbs/76_schedulers.ipynb #0e09358d
 import argparse
 import json
 import os
@@ -34,7 +34,7 @@ from .files import atomic_write, cache_folder, read_json, write_json
 from .runs import DEAD_AFTER_SECONDS, read_status
 from .stopping import read_walltime
 
-# %% ../nbs/76_schedulers.ipynb #4c847341
+# %% ../nbs/76_schedulers.ipynb #974c1128
 class ClusterError(RuntimeError):
     "A cluster that is not described as it must be, or a scheduler that refuses."
 
@@ -66,7 +66,7 @@ class Profile(BaseModel):
             read_walltime(time)
         return time
 
-# %% ../nbs/76_schedulers.ipynb #bba90e9d
+# %% ../nbs/76_schedulers.ipynb #89b9cbcf
 def hpc_folder() -> Path:
     "Where the job scripts lie: in the installed package, or beside it in a checkout."
     package = Path(str(files("difflit")))
@@ -95,7 +95,7 @@ def _profile(path: Path, name: str, entry: dict[str, Any]) -> Profile:
         key, given = first["loc"][0] if first["loc"] else "", first.get("input")
         raise ClusterError(f"{path}: profile {name!r}: {key}{'' if isinstance(given, dict) else f'={given!r}'}: {first['msg']}") from None
 
-# %% ../nbs/76_schedulers.ipynb #1e3d10a8
+# %% ../nbs/76_schedulers.ipynb #6b388244
 def load_profiles(
     path: str | Path | None = None,  # a file of profiles; None: those of `hpc/`, and above them `~/.config/difflit/clusters.yaml`
 ) -> dict[str, Profile]:  # by name
@@ -117,7 +117,7 @@ def get_profile(
         raise ClusterError(f"there is no profile {name!r}{nearest(name, there)}")
     return there[name]
 
-# %% ../nbs/76_schedulers.ipynb #983bdd15
+# %% ../nbs/76_schedulers.ipynb #380b38cb
 @dataclass(frozen=True)
 class JobSpec:
     "One job, or an array of them: what shall run, on what."
@@ -156,7 +156,7 @@ class JobSpec:
         "How long before it the run is told."
         return min(self.profile.warning_seconds, max(1, (self.time_seconds or 86400) // 4))
 
-# %% ../nbs/76_schedulers.ipynb #b09210f0
+# %% ../nbs/76_schedulers.ipynb #88f06ac3
 _BEGIN, _END = "# >>> settings", "# <<< settings"
 
 
@@ -181,7 +181,7 @@ def _clock(seconds: int) -> str:
     "Hours, minutes and seconds, as most schedulers write them."
     return f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
-# %% ../nbs/76_schedulers.ipynb #08b42e64
+# %% ../nbs/76_schedulers.ipynb #d39b4b78
 def _call(words: Sequence[str], fine: str = "", **how: Any) -> str:
     "What a command says. Raises `ClusterError` with its complaint, unless that is a `fine` one."
     try:
@@ -211,7 +211,7 @@ def _number(id: str) -> tuple[str, str | None]:
     found = re.match(r"(\d+)(?:[_.\[](\d+))?", id)
     return (found[1], found[2]) if found else (id, None)
 
-# %% ../nbs/76_schedulers.ipynb #8ca2cae3
+# %% ../nbs/76_schedulers.ipynb #9c924841
 class Scheduler:
     "What all schedulers have in common. A new one says what raises `NotImplementedError` here."
 
@@ -260,7 +260,7 @@ class Scheduler:
         there = self.queue(list(ids)) if ids else []
         return {id: _state_of(id, there) for id in ids}
 
-# %% ../nbs/76_schedulers.ipynb #5a1a9113
+# %% ../nbs/76_schedulers.ipynb #5612d5b0
 def _state_of(id: str, there: Sequence[tuple[str, str | None, str]]) -> str:
     "An array runs while any of its tasks does."
     job, task = _number(id)
@@ -295,7 +295,7 @@ def _log(spec: JobSpec, one: str, many: str) -> str:
     "Where a job's own words go; `one` and `many` hold the scheduler's placeholders for the numbers of job and task."
     return str(Path(spec.folder).resolve() / "logs" / (many if spec.array else one))
 
-# %% ../nbs/76_schedulers.ipynb #d16bce90
+# %% ../nbs/76_schedulers.ipynb #3ece42f3
 SCHEDULERS: dict[str, Scheduler] = {}
 
 
@@ -326,7 +326,7 @@ def find_scheduler() -> str:  # its name
     installed = {"slurm": "sbatch", "lsf": "bsub", "sge": "qconf", "pbs": "qsub"}
     return next((name for name, command in installed.items() if shutil.which(command)), "local")
 
-# %% ../nbs/76_schedulers.ipynb #d44b8d0e
+# %% ../nbs/76_schedulers.ipynb #af738966
 @scheduler("slurm")
 class Slurm(Scheduler):
     "Slurm, by `sbatch`, `squeue` and `scancel`."
@@ -366,7 +366,7 @@ class Slurm(Scheduler):
         "End a job, or one task of an array."
         _call(["scancel", id])
 
-# %% ../nbs/76_schedulers.ipynb #07f92e85
+# %% ../nbs/76_schedulers.ipynb #df63d810
 @scheduler("lsf")
 class LSF(Scheduler):
     "IBM Spectrum LSF, by `bsub`, `bjobs` and `bkill`."
@@ -400,7 +400,7 @@ class LSF(Scheduler):
         job, task = _number(id)
         _call(["bkill", f"{job}[{task}]" if task else job])
 
-# %% ../nbs/76_schedulers.ipynb #f2c3b0ec
+# %% ../nbs/76_schedulers.ipynb #5ffc1aca
 @scheduler("pbs")
 class PBS(Scheduler):
     "PBS Professional and OpenPBS, by `qsub`, `qstat` and `qdel`."
@@ -436,7 +436,7 @@ class PBS(Scheduler):
         "End a job, or one task of an array."
         _call(["qdel", id])
 
-# %% ../nbs/76_schedulers.ipynb #b6dbc1e4
+# %% ../nbs/76_schedulers.ipynb #51495fb6
 @scheduler("sge")
 class SGE(Scheduler):
     "Sun, Univa or Altair Grid Engine, by `qsub`, `qstat` and `qdel`."
@@ -451,8 +451,8 @@ class SGE(Scheduler):
             ("-N {}", spec.name), ("-S /bin/bash", True), ("-o {}", shlex.quote(_log(spec, "", ""))), ("-j y", True), ("-r y", True), ("-notify", True),
             ("-V", True), ("-q {}", p.partition), ("-P {}", p.account),
             ("-l h_rt={}", limit and _clock(limit)), ("-l s_rt={}", limit and _clock(limit - spec.warning_seconds)),
-            ("-pe smp {}", not own and spec.cpus * spec.nodes), ("-l gpu={}", spec.gpus), ("-l gpu_type={}", spec.gpus and p.gpu_type), ("-l mem_free={}", p.memory),
-            ("-t 1-{}", spec.array and len(spec.runs)), ("-tc {}", spec.array and spec.max_parallel),
+            ("-pe smp {}", not own and spec.cpus * spec.nodes), ("-l gpu={}", spec.gpus), ("-l gpu_type={}", spec.gpus and p.gpu_type),
+            ("-l mem_free={}", p.memory), ("-t 1-{}", spec.array and len(spec.runs)), ("-tc {}", spec.array and spec.max_parallel),
         )
 
     def variables(self, spec: JobSpec) -> dict[str, str]:
@@ -477,7 +477,7 @@ class SGE(Scheduler):
         job, task = _number(id)
         _call(["qdel", job, *(["-t", task] if task else [])])
 
-# %% ../nbs/76_schedulers.ipynb #9618b0e4
+# %% ../nbs/76_schedulers.ipynb #602d7b91
 def _jobs() -> Path:
     "Where this machine's jobs are written down."
     return cache_folder("jobs")
@@ -503,7 +503,7 @@ def _new_job() -> str:
             return str(number)
         number += 1
 
-# %% ../nbs/76_schedulers.ipynb #6fc7ec5d
+# %% ../nbs/76_schedulers.ipynb #91ddc3b6
 @scheduler("local")
 class Local(Scheduler):
     "This machine: processes in the background."
@@ -544,7 +544,7 @@ class Local(Scheduler):
             raise ClusterError(f"no job {id} runs on this machine")
         os.kill(int((_jobs() / id / "pid").read_text()), signal.SIGTERM)
 
-# %% ../nbs/76_schedulers.ipynb #feaeb735
+# %% ../nbs/76_schedulers.ipynb #bf00f6af
 def require_environment(
     prefix: str | None = None,  # `sys.prefix` as submitted (None: `DIFFLIT_PREFIX`, which job scripts set)
     image: str | None = None,  # the Apptainer image, instead (None: `DIFFLIT_IMAGE`)
@@ -575,7 +575,7 @@ def _settled(run: Path, poll_seconds: float) -> dict[str, Any]:
         status = _status(run)
     return status
 
-# %% ../nbs/76_schedulers.ipynb #220b1a16
+# %% ../nbs/76_schedulers.ipynb #a99e87b1
 def begin_job(
     run: str | Path,  # the run directory
     poll_seconds: float = 2.0,  # between two looks at a run of another host that may be dead
@@ -592,7 +592,7 @@ def begin_job(
     if id and (run / "job.json").exists() and _number((known := read_json(run / "job.json")).get("id", id))[0] != _number(id)[0]:
         write_json(run / "job.json", {**known, "id": id})  # submitted once more by its own script, or by hand
 
-# %% ../nbs/76_schedulers.ipynb #8ca0fcfa
+# %% ../nbs/76_schedulers.ipynb #f4952354
 PREEMPTED, ENOUGH, BY_HAND = 75, 76, 130
 
 
@@ -619,7 +619,7 @@ def end_job(
         return _say(run, state or "no run was opened", 0)
     return _say(run, f"{state or 'no run was opened'}: {reason or f'the notebook ended with code {code}'}", 1)
 
-# %% ../nbs/76_schedulers.ipynb #0ad2a7a9
+# %% ../nbs/76_schedulers.ipynb #b1f31192
 def _heartbeat_before(run: Path) -> Any:
     "What stood in the status when the job began; a thing that equals nothing, if that is not known."
     with suppress(OSError, ValueError):
@@ -652,7 +652,7 @@ def _bury(run: Path, status: dict[str, Any], code: int, asked: str) -> tuple[str
         (run / "lock").unlink(missing_ok=True)
     return state, reason
 
-# %% ../nbs/76_schedulers.ipynb #6d746053
+# %% ../nbs/76_schedulers.ipynb #95d6aaaf
 def main(
     words: Sequence[str] | None = None,  # begin RUN, or end RUN --code 0 --asked USR2 --requeues 10 (None: of the command line)
 ) -> int:  # the exit code
@@ -672,6 +672,6 @@ def main(
         return _say(Path(given.run), str(error), 1)
     return 0
 
-# %% ../nbs/76_schedulers.ipynb #fe5d6b4e
+# %% ../nbs/76_schedulers.ipynb #a527d9a0
 if __name__ == "__main__" and sys.argv[0].endswith("schedulers.py"):  # python -m difflit.schedulers
     sys.exit(main())
