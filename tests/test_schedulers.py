@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+import standin as standin_module
 from slurm import slurm  # noqa: F401
 from test_survival import MICRO, assert_same
 
@@ -284,3 +285,102 @@ def test_slurm_a_node_that_goes_down(slurm, tmp_path, toy):  # noqa: F811
     until(lambda: slurm.state(job) == "PENDING", "Slurm to queue it again")
     slurm.tell("scontrol", "update", "NodeName=one", "State=RESUME")
     assert slurm.end(job) == "COMPLETED" and state(spec.runs[0])[0] == "done", logs(spec)
+
+
+# Stand-ins for what cannot be installed
+
+
+@pytest.fixture(params=["lsf", "pbs", "sge"])
+def standin(request, tmp_path, monkeypatch):
+    """A scheduler's commands, which record and run; its name and the folder of its records."""
+    folder = tmp_path / "standin"
+    monkeypatch.setenv("PATH", f"{standin_module.install(folder)}:{os.environ['PATH']}")
+    monkeypatch.setenv("STANDIN", str(folder))
+    monkeypatch.setenv("STANDIN_KIND", request.param)
+    return request.param, folder
+
+
+def over(folder, name, seconds=180):
+    """Wait for the end of a task; its exit codes, one for each start."""
+    until(lambda: (folder / f"{name}.over").exists(), f"{name}: {[f.read_text()[-2000:] for f in folder.glob('*.log')]}", seconds)
+    return json.loads((folder / f"{name}.codes").read_text())
+
+
+def test_standins_arrays(standin, tmp_path, toy):
+    """Each task finds its own run, at most two at a time; the run that failed is not begun again."""
+    kind, folder = standin
+    spec = spec_of(tmp_path / "sweep", toy, kind, 3, max_parallel=2)
+    (spec.runs[1] / "launch.yaml").write_text("wrong: true\n")
+    job = submit(spec)
+    first = 0 if kind == "pbs" else 1
+    assert re.match(r"\d+", job)[0] == "1"
+    assert [over(folder, f"1.{task}") for task in range(first, first + 3)] == [[0], [1], [0]], logs(spec)
+    assert [state(run)[0] for run in spec.runs] == ["done", "failed", "done"]
+    times = [[float(word) for word in line.split()] for line in (folder / "times").read_text().splitlines()]
+    assert len(times) == 3 and all(sum(b <= begin < e for b, e in times) <= 2 for begin, _ in times)
+
+
+WARNS = {"lsf": signal.SIGURG, "sge": signal.SIGUSR1, "pbs": signal.SIGUSR2}
+
+
+def test_standins_warn_and_begin_again(standin, tmp_path, toy):
+    """LSF by exit code 75, SGE by 99, PBS by a new job of the script's own; signals reach every process of the job's group."""
+    kind, folder = standin
+    spec = spec_of(tmp_path / "stopped", toy, kind, launch={"seconds": 60})
+    submit(spec)
+    run = spec.runs[0]
+    until(lambda: state(run)[0] == "running", f"a start: {[f.read_text() for f in folder.glob('*.log')]}")
+    (run / "launch.yaml").write_text("seconds: 0\n")
+    os.killpg(int((folder / "1.pid").read_text()), WARNS[kind])
+    codes = over(folder, "1")
+    if kind == "pbs":
+        assert codes == [75] and over(folder, "2") == [0]
+    else:
+        assert codes == [{"lsf": 75, "sge": 99}[kind], 0]
+    assert state(run)[0] == "done" and (run / "requeues").read_text() == "1" and len(list(run.glob("report*"))) == 2
+
+
+@pytest.mark.parametrize("standin", ["lsf"], indirect=True)
+def test_lsf_what_is_killed_by_hand_stays_away(standin, tmp_path, toy):
+    """bkill sends INT before TERM: the run saves, and the exit code is not the one that LSF queues again by."""
+    kind, folder = standin
+    spec = spec_of(tmp_path / "killed", toy, kind, launch={"seconds": 60})
+    submit(spec)
+    until(lambda: state(spec.runs[0])[0] == "running", "a start")
+    os.killpg(int((folder / "1.pid").read_text()), signal.SIGINT)
+    assert over(folder, "1") == [130] and state(spec.runs[0])[0] == "preempted"
+
+
+@pytest.mark.parametrize("standin", ["sge"], indirect=True)
+def test_sge_waits_for_jobs_that_ended_well(standin, tmp_path, toy):
+    """SGE's own -hold_jid does not ask how they ended; the script does."""
+    kind, folder = standin
+    bad = submit(spec_of(tmp_path / "bad", toy, kind, launch={"wrong": True}))
+    assert over(folder, bad) == [1]
+    after = submit(spec_of(tmp_path / "after", toy, kind, after=(bad,)))
+    assert json.loads((folder / f"{after}.words").read_text())[:3] == ["-terse", "-hold_jid", bad]
+    assert over(folder, after) == [1] and state(tmp_path / "after" / "run")[0] is None
+
+
+# Named launchers
+
+
+KINDS = {"train": "TrainSettings", "precompute": "FillSettings", "evaluate": "EvaluateSettings", "audit": "AuditSettings"}
+
+
+@pytest.mark.parametrize("name", ["precompute", "base", "upsampler", "latent", "evaluate", "audit", "ablations"])
+def test_launchers_submit_settings_that_exist(tmp_path, monkeypatch, name):
+    """With a `difflit` that records: every setting of the file is one of the notebook's."""
+    from difflit import config
+
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "difflit").write_text('#!/bin/sh\nprintf "%s\\n" "$@" END >>words\n')
+    (tmp_path / "bin" / "difflit").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    done = subprocess.run(["bash", str(HPC / f"{name}.sh"), "--dry-run"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for words in (part.split("\n") for part in (tmp_path / "words").read_text().strip().removesuffix("END").split("\nEND\n")):
+        assert words[0] == "submit" and "--dry-run" in words
+        given = config.read_settings(tmp_path / words[words.index("-f") + 1])
+        given |= {pair.partition("=")[0]: pair.partition("=")[2].split(",")[0] for pair in words if re.match(r"[a-z_]+=", pair) and ".." not in pair}
+        config.resolve(given, cls=getattr(config, KINDS[words[1]]))
