@@ -3,13 +3,10 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -17,7 +14,7 @@ import standin as standin_module
 from slurm import slurm  # noqa: F401
 from test_survival import MICRO, assert_same
 
-from difflit.files import read_json, write_json
+from difflit.files import write_json
 from difflit.runs import read_status
 from difflit.schedulers import JobSpec, Profile, get_scheduler
 
@@ -38,7 +35,7 @@ def surroundings():
 
 def notebook(path, parameters, *cells):
     """A run notebook of few cells."""
-    made = [{"cell_type": "code", "execution_count": None, "id": f"cell{i}", "metadata": {"tags": ["parameters"]} if i == 0 else {}, "outputs": [], "source": text}
+    made = [{"cell_type": "code", "execution_count": None, "id": f"cell{i}", "metadata": {} if i else {"tags": ["parameters"]}, "outputs": [], "source": text}
             for i, text in enumerate([parameters, *cells])]
     write_json(path, {"cells": made, "metadata": {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}, "nbformat": 4,
                       "nbformat_minor": 5})
@@ -46,7 +43,8 @@ def notebook(path, parameters, *cells):
 
 
 TOY = ["run_dir = None\nresume = None\nseconds = 0\nwrong = False",
-       "import os, sys, time\nfrom difflit.runs import Run, _begin, fail, finish\nrun = Run(run_dir, 'toy', '')\n_begin(run)\nrun.update(began=time.time())",
+       "import os, sys, time\nfrom difflit.runs import Run, _begin, fail, finish\nrun = Run(run_dir, 'toy', '')\n_begin(run)\n"
+       "run.update(began=time.time())",
        "time.sleep(seconds)\nif wrong:\n    fail(run, 'a wrong answer')\nrun.update(over=time.time(), prefix=sys.prefix, job=os.environ['DIFFLIT_JOB'])\nfinish(run)"]
 MICRO_CELLS = [
     "run_dir: str = None\nresume: str = None\n" + "".join(f"{name}: {type(value).__name__} = {value!r}\n" for name, value in MICRO.items()) + "pause = 0",
@@ -174,7 +172,7 @@ def test_slurm_array_tasks_queue_themselves_only(slurm, tmp_path, toy):  # noqa:
     spec = spec_of(tmp_path / "pair", toy, "slurm", 2, launch={"seconds": 60}, requeues=1)
     (spec.runs[0] / "launch.yaml").write_text("seconds: 3\n")
     job = submit(spec)
-    for count in ("1", "1"):
+    for _ in range(2):
         until(lambda: state(spec.runs[1])[0] == "running", f"a start: {logs(spec)}")
         slurm.tell("scancel", "--batch", "--signal=USR2", f"{job}_1")
         until(lambda: state(spec.runs[1])[0] == "preempted", f"a stop: {logs(spec)}")
