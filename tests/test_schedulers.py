@@ -45,7 +45,8 @@ def notebook(path, parameters, *cells):
 TOY = ["run_dir = None\nresume = None\nseconds = 0\nwrong = False",
        "import os, sys, time\nfrom difflit.runs import Run, _begin, fail, finish\nrun = Run(run_dir, 'toy', '')\n_begin(run)\n"
        "run.update(began=time.time())",
-       "time.sleep(seconds)\nif wrong:\n    fail(run, 'a wrong answer')\nrun.update(over=time.time(), prefix=sys.prefix, job=os.environ['DIFFLIT_JOB'])\nfinish(run)"]
+       "time.sleep(seconds)\nif wrong:\n    fail(run, 'a wrong answer')\n"
+       "run.update(over=time.time(), prefix=sys.prefix, job=os.environ['DIFFLIT_JOB'])\nfinish(run)"]
 MICRO_CELLS = [
     "run_dir: str = None\nresume: str = None\n" + "".join(f"{name}: {type(value).__name__} = {value!r}\n" for name, value in MICRO.items()) + "pause = 0",
     "import test_survival\nfrom difflit.recipes import prepare, train_job\nfrom difflit.runs import finish, open_notebook_run\n"
