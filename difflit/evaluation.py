@@ -212,11 +212,22 @@ def short_name(
     return "/".join(parts[-2:]) if parts and parts[-1].startswith("step-") else parts[-1] if parts else str(path)
 
 
+def _words(text: str) -> list[str]:
+    "What stands between commas; a comma in a name that exists, as in runs/sweep/lr=0.1,seed=1, divides nothing."
+    parts, words = text.split(","), list[str]()
+    while parts:
+        joined = [",".join(parts[:n]).strip() for n in range(len(parts), 0, -1)]
+        word = next((w for w in joined[:-1] if Path(w).exists() or ("*" in w and glob(w))), joined[-1])
+        words.append(word)
+        parts = parts[len(joined) - joined.index(word):]
+    return words
+
+
 def expand(
     names: str | Sequence[str | Path],  # paths and names, comma between; a star in a path stands for all that fit
 ) -> list[str]:  # one by one, each once
     "The candidates that are meant. Raises `SettingsError` if nothing fits a star."
-    words = [w.strip() for w in names.split(",")] if isinstance(names, str) else [str(n) for n in names]
+    words = _words(names) if isinstance(names, str) else [str(n) for n in names]
     found: list[str] = []
     for word in filter(None, words):
         fit = sorted(glob(word)) if "*" in word else [word]
