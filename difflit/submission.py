@@ -8,7 +8,7 @@ __all__ = ['KINDS', 'MOST_CELLS', 'SMALL_BYTES', 'FINISHED', 'LIVE', 'Parameter'
            'check_environment', 'room_needed', 'task_id', 'run_states', 'Request', 'make_request', 'Submission', 'plan',
            'submit', 'plan_again', 'plan_chain', 'tell_followers', 'follow']
 
-# %% ../nbs/77_submission.ipynb #ea8bce90
+# %% ../nbs/77_submission.ipynb #d7e705cf
 import ast
 import importlib
 import json
@@ -31,7 +31,7 @@ import yaml
 from .config import PRESETS, Settings, SettingsError, _plain, nearest, notebook_parameters, read_settings, resolve, what_is_given
 from .files import atomic_write, digest_bytes, read_json, require_room, write_json
 from .runs import read_status
-from .schedulers import ClusterError, JobSpec, Profile, find_scheduler, get_scheduler, load_profiles
+from .schedulers import ClusterError, JobSpec, Profile, find_scheduler, get_profile, get_scheduler, load_profiles
 from .stopping import read_walltime
 
 # %% ../nbs/77_submission.ipynb #f8131e73
@@ -102,7 +102,7 @@ def _registered(cells: Sequence[str]) -> frozenset[str]:
                     names |= {node.name, node.name.replace("_", "-"), *(word for word in told if isinstance(word, str))}
     return frozenset(names)
 
-# %% ../nbs/77_submission.ipynb #0d136631
+# %% ../nbs/77_submission.ipynb #5b1c26a7
 def _settings_of(cells: Sequence[str]) -> tuple[type[Settings] | None, str]:
     "The settings class and the kind of job that a notebook opens its run with."
     text = "\n".join(cells)
@@ -126,6 +126,8 @@ def read_notebook(
         raise SettingsError(f"{path.name} has no cell tagged `parameters`: its own defaults would win over what is given. Tag the cell that declares them "
                             "(JupyterLab: the gear at the right, Common Tools, Cell Tags, add parameters); nbdev_clean keeps the tag if settings.ini says "
                             "allowed_cell_metadata_keys = tags")
+    if not (about.get("kernelspec", {}).get("language") or about.get("language_info", {}).get("name")):
+        raise SettingsError(f"{path.name} does not say its language, without which papermill runs nothing: open it in JupyterLab, choose a kernel, save")
     settings, job = _settings_of([source for source, _ in cells])
     kernel = about.get("kernelspec", {}).get("name", "python3")
     return RunNotebook(path, _declared(tagged, path), tagged, settings, job, kernel, _registered([source for source, _ in cells]))
@@ -511,7 +513,7 @@ def room_needed(
     averages = len([word for word in settings.averages.split(",") if word.strip()])
     return SMALL_BYTES + checkpoint_bytes(model, 4 + averages) * (settings.keep_checkpoints + settings.keep_best + 1)
 
-# %% ../nbs/77_submission.ipynb #59d08250
+# %% ../nbs/77_submission.ipynb #7c8de52a
 FINISHED = ("done", "pruned")
 LIVE = ("running", "pending", "unknown")
 
@@ -536,11 +538,17 @@ def _queued(jobs: Mapping[Path, Mapping[str, Any]]) -> dict[Path, str]:
     return found
 
 
+_FIRST_TASK = {"lsf": 1, "sge": 1}  # the others count from 0
+
+
 def task_id(
     job: Mapping[str, Any],  # a `job.json`
-) -> str:  # what its scheduler is asked by
-    "The identity of one run's job."
-    return str(job["id"])
+) -> str:  # 12, or 12_3 for a task of an array
+    "What the scheduler of one run's job is asked by."
+    if job.get("task") is None:
+        return str(job["id"])
+    number = re.match(r"\d*", str(job["id"]))
+    return f"{number[0] if number else ''}_{int(job['task']) + _FIRST_TASK.get(str(job['scheduler']), 0)}"
 
 
 def run_states(
@@ -561,7 +569,7 @@ def run_states(
             found[run] = said, f"job {jobs[run]['id']}"
     return found
 
-# %% ../nbs/77_submission.ipynb #c42215b3
+# %% ../nbs/77_submission.ipynb #8aaaf775
 @dataclass(frozen=True)
 class Request:
     "What a job asks of the cluster."
@@ -582,12 +590,10 @@ def make_request(
     **asked: Any,  # gpus, nodes, time, max_parallel, after, requeues
 ) -> Request:  # checked
     "Ask a cluster by the name of its profile. Raises `SettingsError`, or `ClusterError`, on names that do not exist and numbers that cannot be."
-    known = load_profiles(profiles) if profile or profiles else {}
-    if profile and profile not in known:
-        raise SettingsError(f"there is no profile {profile!r}{nearest(profile, known)}")
-    chosen = known[profile] if profile else Profile(scheduler=scheduler or find_scheduler())
-    if scheduler and scheduler != chosen.scheduler:
+    if scheduler:
         get_scheduler(scheduler)  # or its error
+    chosen = get_profile(profile, load_profiles(profiles)) if profile else Profile(scheduler=scheduler or find_scheduler())  # type: ignore[arg-type]
+    if scheduler and scheduler != chosen.scheduler:
         chosen = Profile(**{**chosen.model_dump(), "scheduler": scheduler})
     asked = {name: value for name, value in asked.items() if value is not None}
     if unknown := [name for name in asked if name not in Request.__dataclass_fields__]:
@@ -687,7 +693,7 @@ def _request_record(request: Request) -> dict[str, Any]:
     plain = {name: getattr(request, name) for name in ("gpus", "nodes", "time", "max_parallel", "requeues")}
     return {"profile": request.profile.model_dump(exclude_defaults=True) | {"scheduler": request.profile.scheduler}, **plain}
 
-# %% ../nbs/77_submission.ipynb #59526d52
+# %% ../nbs/77_submission.ipynb #8feba7ad
 def _refuse_what_lacks(notebook: RunNotebook, cells: Sequence[Cell], request: Request, folder: Path, coming: Sequence[Path]) -> None:
     "Raise `SettingsError` that lists all that is not there."
     lacking = find_missing(cells, notebook.own, coming)
@@ -698,6 +704,12 @@ def _refuse_what_lacks(notebook: RunNotebook, cells: Sequence[Cell], request: Re
         lacking.append(str(error))
     if lacking:
         raise SettingsError("nothing was submitted:\n" + "\n".join(f"- {sentence}" for sentence in lacking))
+
+
+def _job_name(folder: Path) -> str:
+    "A name that all schedulers take: it begins with a letter, and odd characters are not in it."
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", re.sub(r"^\d{8}-\d{6}-", "", folder.name)).strip(".-")[:60]
+    return name if name[:1].isalpha() else f"run-{name}".rstrip("-")
 
 
 def _planned(notebook: RunNotebook, cells: Sequence[Cell], folder: Path, request: Request, files: dict[Path, str], record: dict[str, Any],
@@ -716,11 +728,11 @@ def _planned(notebook: RunNotebook, cells: Sequence[Cell], folder: Path, request
     elif (folder / "job.sh").exists():
         where = next(path for path in (folder / f"again.{i}" for i in range(1, 10_000)) if not path.exists())
     gpus = int(bool(request.profile.gpu_type)) if request.gpus is None else request.gpus
-    spec = JobSpec(re.sub(r"^\d{8}-\d{6}-", "", folder.name), where / "notebook.ipynb", tuple(runs[cell.name] for cell in going), where, request.profile, gpus=gpus,
+    spec = JobSpec(_job_name(folder), where / "notebook.ipynb", tuple(runs[cell.name] for cell in going), where, request.profile, gpus=gpus,
                    nodes=request.nodes, time=request.time, max_parallel=request.max_parallel, after=request.after, requeues=request.requeues, processes=max(1, gpus))
     files = {**files, spec.notebook: notebook.path.read_text(encoding="utf-8")}
     files |= {runs[cell.name] / "launch.yaml": yaml.safe_dump(cell.given, sort_keys=False, allow_unicode=True) for cell in going}
-    files |= {where / "runs.txt": "".join(f"{run}\n" for run in spec.runs)}
+    files |= {where / "runs.txt": "".join(f"{run}\n" for run in spec.runs)} if spec.array else {}
     return Submission(notebook, tuple(going), left, spec, files if going else {}, {**record, "folder": str(folder)}, live)
 
 # %% ../nbs/77_submission.ipynb #572489db
