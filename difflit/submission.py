@@ -8,7 +8,7 @@ __all__ = ['KINDS', 'MOST_CELLS', 'SMALL_BYTES', 'FINISHED', 'LIVE', 'Parameter'
            'check_environment', 'room_needed', 'task_id', 'run_states', 'Request', 'make_request', 'Submission', 'plan',
            'submit', 'plan_again', 'plan_chain', 'tell_followers', 'follow']
 
-# %% ../nbs/77_submission.ipynb #38912a9d
+# %% ../nbs/77_submission.ipynb #2fafa777
 import ast
 import importlib
 import json
@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from .runs import read_status
 from .schedulers import ClusterError, JobSpec, Profile, find_scheduler, get_profile, get_scheduler, load_profiles
 from .stopping import read_walltime
 
-# %% ../nbs/77_submission.ipynb #e704f477
+# %% ../nbs/77_submission.ipynb #162c1c52
 KINDS = ("bool", "int", "float", "str")
 
 
@@ -52,7 +53,7 @@ def _declared(cell: str, where: Path) -> dict[str, Parameter]:
         body = ast.parse(cell).body
     except SyntaxError as error:
         raise SettingsError(f"{where}: the cell tagged `parameters` is no Python: {error.msg}, line {error.lineno}") from None
-    found = {}
+    found = dict[str, Parameter]()
     for node in body:
         targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
         default: Any = None
@@ -452,7 +453,7 @@ def find_missing(
                 found[str(error)] = None
     return list(found)
 
-# %% ../nbs/77_submission.ipynb #f53b7091
+# %% ../nbs/77_submission.ipynb #6457fa3b
 _ASK = """
 import json, re, subprocess, sys
 import difflit, ipykernel, papermill
@@ -461,6 +462,17 @@ first = KernelSpecManager().get_kernel_spec(sys.argv[1]).argv[0]
 python = sys.executable if re.fullmatch(r"python3?(\\.\\d+)?", first) else first
 print(json.dumps([sys.prefix, subprocess.check_output([python, "-c", "import sys; print(sys.prefix)"], text=True).strip()]))
 """
+
+
+@lru_cache
+def _prefixes(python: str, kernel: str) -> tuple[str, str]:
+    "Of a Python and of the kernel that it would start. All links of a chain ask the same, and the answer takes a second."
+    done = subprocess.run([python, "-c", _ASK, kernel], capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no word"])[-1]
+        raise SettingsError(f"the environment of {python} cannot run the notebook: {last}; install difflit there, or name another environment in the profile")
+    prefix, other = json.loads(done.stdout.splitlines()[-1])
+    return prefix, other
 
 
 def check_environment(
@@ -475,11 +487,7 @@ def check_environment(
     python = Path(profile.environment).expanduser() / "bin" / "python" if profile.environment else Path(sys.executable)
     if not python.exists():
         raise SettingsError(f"the profile's environment {profile.environment} has no bin/python")
-    done = subprocess.run([str(python), "-c", _ASK, kernel], capture_output=True, text=True)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no word"])[-1]
-        raise SettingsError(f"the environment of {python} cannot run the notebook: {last}; install difflit there, or name another environment in the profile")
-    prefix, other = json.loads(done.stdout.splitlines()[-1])
+    prefix, other = _prefixes(str(python), kernel)
     if prefix != other:
         raise SettingsError(f"the kernel {kernel!r} starts the Python of {other}, papermill that of {prefix}: "
                             f"make them one by {python} -m ipykernel install --sys-prefix --name {kernel}")
@@ -569,12 +577,12 @@ def run_states(
             found[run] = said, f"job {jobs[run]['id']}"
     return found
 
-# %% ../nbs/77_submission.ipynb #81d883f3
+# %% ../nbs/77_submission.ipynb #2c69ae66
 @dataclass(frozen=True)
 class Request:
     "What a job asks of the cluster."
 
-    profile: Profile = field(default_factory=lambda: Profile(scheduler="local"))  # the cluster's
+    profile: Profile = field(default_factory=lambda: Profile.model_validate({"scheduler": "local"}))  # the cluster's
     gpus: int | None = None  # on each node (None: 1 if the profile names a type of GPU, else none)
     nodes: int = 1  # of each run
     time: str | None = None  # of each run, as schedulers write it (None: the profile's)
@@ -592,9 +600,9 @@ def make_request(
     "Ask a cluster by the name of its profile. Raises `SettingsError`, or `ClusterError`, on names that do not exist and numbers that cannot be."
     if scheduler:
         get_scheduler(scheduler)  # or its error
-    chosen = get_profile(profile, load_profiles(profiles)) if profile else Profile(scheduler=scheduler or find_scheduler())  # type: ignore[arg-type]
+    chosen = get_profile(profile, load_profiles(profiles)) if profile else Profile.model_validate({"scheduler": scheduler or find_scheduler()})
     if scheduler and scheduler != chosen.scheduler:
-        chosen = Profile(**{**chosen.model_dump(), "scheduler": scheduler})
+        chosen = Profile.model_validate({**chosen.model_dump(), "scheduler": scheduler})
     asked = {name: value for name, value in asked.items() if value is not None}
     if unknown := [name for name in asked if name not in Request.__dataclass_fields__]:
         raise SettingsError(f"{unknown[0]!r} cannot be asked of a cluster{nearest(unknown[0], Request.__dataclass_fields__)}")
@@ -840,7 +848,7 @@ def _take_back(plan: Submission, id: str) -> None:
         with suppress(OSError):
             path.rmdir()
 
-# %% ../nbs/77_submission.ipynb #83006e9e
+# %% ../nbs/77_submission.ipynb #9eb21c0d
 def plan_again(
     path: str | Path,  # the folder of a sweep, one of its run directories, or that of a single run
     *,
@@ -871,7 +879,7 @@ def plan_again(
 
 def _request_of(record: Mapping[str, Any]) -> Request:
     "A request from its record."
-    return Request(Profile(**record["profile"]), **{name: value for name, value in record.items() if name != "profile" and value is not None})
+    return Request(Profile.model_validate(record["profile"]), **{name: value for name, value in record.items() if name != "profile" and value is not None})
 
 
 def _found_again(notebook: str, folder: Path) -> RunNotebook:
