@@ -190,6 +190,17 @@ def folder_candidate(
     digest = hashlib.sha256(json.dumps([[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]).encode()).hexdigest()
     return Candidate(name or Path(folder).name, f"pictures {digest} at {image_size}", answer, image_size=image_size, check=check)
 
+# %% ../nbs/68_evaluation.ipynb #2d0548b4
+def _words(text: str) -> list[str]:
+    "What stands between commas; a comma in a name that exists, as in runs/sweep/lr=0.1,seed=1, divides nothing."
+    parts, words = text.split(","), list[str]()
+    while parts:
+        joined = [",".join(parts[:n]).strip() for n in range(len(parts), 0, -1)]
+        word = next((w for w in joined[:-1] if Path(w).exists() or ("*" in w and glob(w))), joined[-1])
+        words.append(word)
+        parts = parts[len(joined) - joined.index(word):]
+    return words
+
 # %% ../nbs/68_evaluation.ipynb #b7d334b7
 def model_candidate(
     path: str | Path,  # a run, a checkpoint, a name: see `load_pipeline`
@@ -216,7 +227,7 @@ def expand(
     names: str | Sequence[str | Path],  # paths and names, comma between; a star in a path stands for all that fit
 ) -> list[str]:  # one by one, each once
     "The candidates that are meant. Raises `SettingsError` if nothing fits a star."
-    words = [w.strip() for w in names.split(",")] if isinstance(names, str) else [str(n) for n in names]
+    words = _words(names) if isinstance(names, str) else [str(n) for n in names]
     found: list[str] = []
     for word in filter(None, words):
         fit = sorted(glob(word)) if "*" in word else [word]
