@@ -9,7 +9,7 @@ __all__ = ['MOST_CHECKED', 'Dimension', 'read_dimension', 'Space', 'parse_space'
            'Findings', 'read_search', 'write_best', 'trials_table', 'importances', 'importances_table', 'search_figure',
            'slices_figure']
 
-# %% ../nbs/78_search.ipynb #979e8a79
+# %% ../nbs/78_search.ipynb #b850b111
 import contextlib
 import difflib
 import json
@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.resources import files
-from itertools import product
+from itertools import chain, count, product
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,6 @@ import yaml
 
 from .config import SearchSettings, SettingsError, nearest, read_settings
 from .data import Picture
-from .evaluation import is_lower_better
 from .files import atomic_write, read_json
 from .randomness import integers
 from .runs import Run, RunError, _alive, finish, read_status, skip_later_cells
@@ -44,7 +43,7 @@ from .submission import RunNotebook, _over, check_settings, read_ablations, read
 from .tracking import METRICS, read_metrics
 from .training import LOOP_COLUMNS
 
-# %% ../nbs/78_search.ipynb #bbc4261c
+# %% ../nbs/78_search.ipynb #6e9da547
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _RANGE = re.compile(rf"({_NUMBER})\.\.({_NUMBER})(?:\.\.({_NUMBER}))?(:log)?")
 
@@ -86,7 +85,7 @@ class Dimension:
             return IntDistribution(int(self.low), int(self.high), log=self.log, step=int(self.step or 1))
         return FloatDistribution(self.low, self.high, log=self.log, step=self.step)
 
-# %% ../nbs/78_search.ipynb #3617239d
+# %% ../nbs/78_search.ipynb #0558c4d3
 def _read_range(name: str, text: str, whole: bool | None) -> Dimension | None:
     "A range, or None if the text is none. Raises `SettingsError` on one that cannot be."
     if not (found := _RANGE.fullmatch(text.strip())):
@@ -127,7 +126,7 @@ def read_dimension(
         raise SettingsError(f"{name}={given}: there is nothing between two commas, or behind the sign")
     return Dimension(name, tuple(values))
 
-# %% ../nbs/78_search.ipynb #aa030c10
+# %% ../nbs/78_search.ipynb #683ebd17
 @dataclass(frozen=True)
 class Space:
     "All that varies in a search."
@@ -166,7 +165,7 @@ def _read_file(path: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, dic
     fixed, named, grid = read_ablations(path)
     return grid, fixed, named
 
-# %% ../nbs/78_search.ipynb #0cf15f1e
+# %% ../nbs/78_search.ipynb #ff70aae4
 def _pairs(text: str, what: str) -> Iterator[tuple[str, str | None]]:
     "Words of a text: name and value, or a file and None. Raises `SettingsError` that shows how they are written."
     try:
@@ -199,7 +198,7 @@ def parse_space(
         raise SettingsError("space: nothing varies; give names with values, such as lr=1e-5..1e-3:log batch_size=32,64")
     return Space(tuple(found.values()), named, fixed)
 
-# %% ../nbs/78_search.ipynb #bf306c9d
+# %% ../nbs/78_search.ipynb #f9db40a0
 MOST_CHECKED = 256
 
 
@@ -252,7 +251,7 @@ def _few_cells(space: Space) -> list[dict[str, Any]]:
     except SettingsError:
         return []
 
-# %% ../nbs/78_search.ipynb #0237a049
+# %% ../nbs/78_search.ipynb #d41883fc
 def find_notebook(
     name: str,  # such as "train", or a path
 ) -> RunNotebook:  # what it declares
@@ -266,8 +265,8 @@ def find_notebook(
         raise SettingsError(f"there is no run notebook {name!r}{nearest(name, there)}")
     return read_notebook(there[name])
 
-# %% ../nbs/78_search.ipynb #dab465d6
-_LOWER = re.compile(r"loss|seconds|memory|grad_norm|data_wait|copies|copied|error")
+# %% ../nbs/78_search.ipynb #d19dc553
+_LOWER = re.compile(r"loss|seconds|memory|grad_norm|data_wait|copies|copied|error|^fd|^kid|^restoration\.plain")
 _HIGHER = re.compile(r"alignment|agreement|nearest_caption|clip|precision|recall|density|coverage|found|right|restoration|per_second|share|"
                      r"vendi|^is\b|psnr|ssim|wins")
 
@@ -283,7 +282,7 @@ def read_objective(
         return name, text.strip().startswith("+")
     if name not in known and (close := difflib.get_close_matches(name, known, n=1, cutoff=0.85)):
         raise SettingsError(f"{setting}={text!r}: no run measures that; did you mean {close[0]!r}? If it is a number of your own, write -{name} or +{name}")
-    if is_lower_better(bare) or _LOWER.search(bare):
+    if _LOWER.search(bare):
         return name, False
     if name and _HIGHER.search(bare):
         return name, True
@@ -308,7 +307,7 @@ def check_objective(
     if "/" not in name and "." in name and not resolved.score_images:
         raise SettingsError(f"{setting}={name} is a score, and score_images=0 scores nothing")
 
-# %% ../nbs/78_search.ipynb #6c84e2b0
+# %% ../nbs/78_search.ipynb #359cb464
 def _optuna() -> Any:
     "The library, quiet. Raises `SettingsError` if it is not installed."
     try:
@@ -366,7 +365,7 @@ def heal(
             f.truncate(whole)
     return size - whole
 
-# %% ../nbs/78_search.ipynb #568ebea1
+# %% ../nbs/78_search.ipynb #285a2cb4
 @contextlib.contextmanager
 def _turn(folder: Path) -> Iterator[None]:
     "One worker at a time."
@@ -413,7 +412,7 @@ class Search:
         "The settings of one trial."
         return check_settings(self.notebook, _over(self.fixed, self.space.settings(chosen)))[0]
 
-# %% ../nbs/78_search.ipynb #390338fc
+# %% ../nbs/78_search.ipynb #5547731f
 def _read_fixed(settings: SearchSettings, space: Space, notebook: RunNotebook) -> dict[str, Any]:
     "What all trials are given."
     fixed = dict(space.fixed)
@@ -448,7 +447,7 @@ def read_search_settings(
         found.total = min(settings.trials or cells, cells)
     return found
 
-# %% ../nbs/78_search.ipynb #182dc2d7
+# %% ../nbs/78_search.ipynb #8dfc3275
 def _described(search: Search) -> dict[str, Any]:
     "What makes it this search and no other."
     s, space = search.settings, search.space
@@ -498,7 +497,7 @@ def _pruner(settings: SearchSettings) -> Any:
         return MedianPruner(n_startup_trials=settings.startup, n_warmup_steps=first)
     return SuccessiveHalvingPruner(min_resource=max(1, first), reduction_factor=3) if settings.prune == "halving" else NopPruner()
 
-# %% ../nbs/78_search.ipynb #95024659
+# %% ../nbs/78_search.ipynb #1ad5e2af
 @dataclass
 class Attempt:
     "A trial that a worker has taken."
@@ -533,9 +532,8 @@ def claim(
     with _turn(search.folder):
         reap(search, owner)
         trials = study.get_trials(deepcopy=False)
-        count = {state: sum(t.state == state for t in trials) for state in TrialState}
-        ended, running = count[TrialState.COMPLETE] + count[TrialState.PRUNED], count[TrialState.RUNNING]
-        if ended + running >= search.total or (search.counted and not count[TrialState.WAITING]):
+        ended, running = (sum(t.state in states for t in trials) for states in ((TrialState.COMPLETE, TrialState.PRUNED), (TrialState.RUNNING,)))
+        if ended + running >= search.total or (search.counted and not any(t.state == TrialState.WAITING for t in trials)):
             return "wait" if running else "done"
         place = len({t.user_attrs["run"] for t in trials if "run" in t.user_attrs})
         study.sampler = _sampler(search.settings, place)
@@ -545,7 +543,7 @@ def claim(
         trial.set_user_attr("run", name)
     return Attempt(name, search.given(trial.params), trial, search.folder / name)
 
-# %% ../nbs/78_search.ipynb #3b9b70a0
+# %% ../nbs/78_search.ipynb #bdc615f5
 def _report(search: Search, number: int, path: Path, prune: bool = True) -> str | None:
     "Tell optuna what was measured since the last look; a reason, if the trial is not worth going on with."
     steps = _status(path).get("steps")
@@ -563,7 +561,7 @@ def _report(search: Search, number: int, path: Path, prune: bool = True) -> str 
             return f"pruned: {name} {value:.4g} at step {step:.0f} does not keep up with other trials"
     return None
 
-# %% ../nbs/78_search.ipynb #d59adaf8
+# %% ../nbs/78_search.ipynb #83c3a769
 def _status(path: Path) -> dict[str, Any]:
     "The status of a run; empty if there is none."
     try:
@@ -611,7 +609,7 @@ def reap(
             dealt.append(told["run"])
     return dealt
 
-# %% ../nbs/78_search.ipynb #404f392a
+# %% ../nbs/78_search.ipynb #7d118ece
 def read_value(
     path: str | Path,  # a run directory
     name: str,  # of a score, or of a column of metrics.csv
@@ -671,7 +669,7 @@ def _last_line(path: Path) -> str:
         return f"; papermill said last: {lines[-1][:200]}" if lines else ""
     return ""
 
-# %% ../nbs/78_search.ipynb #0293d0d6
+# %% ../nbs/78_search.ipynb #52bbc715
 def trial_command(
     notebook: Path,  # that is run
     report: Path,  # its executed copy
@@ -688,14 +686,15 @@ def _start(search: Search, attempt: Attempt, command: Callable[..., list[str]]) 
     (attempt.path / "logs").mkdir(parents=True, exist_ok=True)
     (attempt.path / "stop.now").unlink(missing_ok=True)
     settings = atomic_write(attempt.path / "launch.yaml", yaml.safe_dump(attempt.settings, sort_keys=False, allow_unicode=True))
-    reports = [attempt.path / "report.ipynb", *(attempt.path / f"report.{i}.ipynb" for i in range(1, 10_000))]
-    words = command(search.notebook.path, next(path for path in reports if not path.exists()), settings, attempt.path)
+    names = chain(["report.ipynb"], (f"report.{i}.ipynb" for i in count(1)))
+    report = next(attempt.path / name for name in names if not (attempt.path / name).exists())
+    words = command(search.notebook.path, report, settings, attempt.path)
     with open(attempt.path / "logs" / "papermill.log", "ab") as log:
         process = subprocess.Popen(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
     attempt.trial.set_user_attr("process", {"host": socket.gethostname(), "pid": process.pid})
     return process
 
-# %% ../nbs/78_search.ipynb #e4f59ddf
+# %% ../nbs/78_search.ipynb #a30818f6
 def follow(
     search: Search,  # open
     attempt: Attempt,  # claimed
@@ -732,7 +731,7 @@ def _pause(process: subprocess.Popen, seconds: float) -> None:
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(seconds)
 
-# %% ../nbs/78_search.ipynb #4a86e8c0
+# %% ../nbs/78_search.ipynb #699db0b5
 def _one_trial(search: Search, attempt: Attempt, stopper: Stopper, command: Callable[..., list[str]]) -> str:
     "Run a trial to its end; how it ended."
     log = logging.getLogger("difflit")
@@ -769,7 +768,7 @@ def search_job(
                 end = _one_trial(search, attempt, stopper, command)
                 found = read_search(search.folder)
                 run.update(step=len(found.ended))
-                failed = failed + 1 if end == "failed" else 0
+                failed = failed + (end == "failed") if end in ("failed", "again") else 0
                 _give_up(search, attempt, failed)
                 if show is not None:
                     show(found)
@@ -795,7 +794,7 @@ def _give_up(search: Search, attempt: Attempt, failed: int) -> None:
     if failed >= search.settings.failures:
         raise RunError(f"the last {failed} trials failed; {attempt.name} says: {why}")
 
-# %% ../nbs/78_search.ipynb #9e1d4ba1
+# %% ../nbs/78_search.ipynb #cd74fcac
 @dataclass
 class Trial:
     "One trial as it stands."
@@ -831,7 +830,7 @@ class Findings:
         "Those with a value, the best first."
         return sorted((t for t in self.trials if t.value is not None), key=lambda t: (-1 if self.higher else 1) * float(t.value))  # type: ignore[arg-type]
 
-# %% ../nbs/78_search.ipynb #acf3032a
+# %% ../nbs/78_search.ipynb #eacddb51
 def _seconds(status: Mapping[str, Any]) -> float | None:
     "How long the last attempt of a run took."
     try:
@@ -877,7 +876,7 @@ def read_search(
     name, higher = read_objective(told["objective"])
     return Findings(folder, name, higher, _read_space(told), told["fixed"], [_read_trial(folder, attempts[run]) for run in sorted(attempts)])
 
-# %% ../nbs/78_search.ipynb #ee4a137d
+# %% ../nbs/78_search.ipynb #6312cb00
 def write_best(
     folder: str | Path,  # of a search
 ) -> Path | None:  # best.yaml; None while no trial has a value
@@ -891,7 +890,7 @@ def write_best(
     head = f"# {best.name} of {len(found.ended)} trials: {found.objective} {best.value:.6g}\n"
     return atomic_write(found.folder / "best.yaml", head + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
-# %% ../nbs/78_search.ipynb #6157d847
+# %% ../nbs/78_search.ipynb #f06edd87
 def _short(value: Any) -> str:
     "A value for a table."
     return f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -916,7 +915,7 @@ def trials_table(
     more = [f"… and {len(rows) - most} more"] if len(rows) > most else []
     return "\n".join([*lines, *([""] if more or said else []), *more, *said])
 
-# %% ../nbs/78_search.ipynb #d4640c1b
+# %% ../nbs/78_search.ipynb #92a12ddb
 def importances(
     folder: str | Path,  # of a search
 ) -> dict[str, float] | None:  # share of each setting that varied, the largest first; None without scikit-learn, or with too few trials
@@ -928,7 +927,7 @@ def importances(
         return None
     study = optuna.load_study(study_name="difflit", storage=_journal(Path(folder) / "journal.log"))
     values = [t.value for t in study.get_trials(deepcopy=False) if t.value is not None and t.state.name == "COMPLETE"]
-    if len(values) < 4 or len(set(values)) < 2:
+    if len(values) < 8 or len(set(values)) < 2:
         return None
     found = optuna.importance.get_param_importances(study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0))
     return {name: float(share) for name, share in found.items()}
@@ -940,11 +939,11 @@ def importances_table(
     "The importances as a table with bars."
     found = importances(folder)
     if not found:
-        return "Which setting matters cannot be told: that needs four trials with different values, and scikit-learn."
+        return "Which setting matters cannot be told: that needs eight trials with different values, and scikit-learn."
     rows = [f"| {name} | {share:.2f} | {'█' * round(20 * share)} |" for name, share in found.items()]
     return "\n".join(["| setting | share of the variance | |", "|---|---|---|", *rows])
 
-# %% ../nbs/78_search.ipynb #772ccadb
+# %% ../nbs/78_search.ipynb #db500908
 def search_figure(
     found: Findings,  # from `read_search`
     number: str = "val_loss",  # of metrics.csv, for the right half
@@ -986,7 +985,7 @@ def _curve(axis: Any, path: Path, number: str, trial: Trial, best: bool) -> None
         axis.plot(metrics["step"][seen] if seen.any() else [], values[seen], lw=2 if best else 0.8, color=colour, alpha=1 if best else 0.5, marker="o", ms=2,
                   label=f"{trial.name}, the best" if best else None)
 
-# %% ../nbs/78_search.ipynb #1cf3a9ce
+# %% ../nbs/78_search.ipynb #0962f5c6
 def slices_figure(
     found: Findings,  # from `read_search`
 ) -> Picture | None:  # None before any trial has a value
