@@ -156,7 +156,7 @@ class Run:
         self._status: dict[str, Any] = {"kind": kind, "preset": preset}
         self._stop, self._write_lock = threading.Event(), threading.RLock()  # a signal's last word may come in mid-write
         self._thread: threading.Thread | None = None
-        self._signals: list[tuple[int, Any]] = []
+        self._signals: list[tuple[int, Any, Any]] = []
         self._late: int | None = None  # a signal that came while the last state was written
         self._asked = False  # a rank other than 0 has been asked to end
         self._skipping, self._said_in, self._cell_ended = "", "", 0.0
@@ -241,16 +241,16 @@ def _take_signals(run: Run) -> None:
 
     if threading.current_thread() is threading.main_thread():
         for number in _LAST_WORDS:
-            if signal.getsignal(number) is signal.SIG_DFL:
+            if (before := signal.getsignal(number)) in (signal.SIG_DFL, signal.SIG_IGN):  # a job's script lets papermill and its kernels ignore them
                 signal.signal(number, tell)
-                run._signals.append((number, tell))
+                run._signals.append((number, tell, before))
 
 
 def _give_signals_back(run: Run) -> None:
     "As they were, unless somebody else has taken them since."
-    for number, tell in run._signals:
+    for number, tell, before in run._signals:
         if threading.current_thread() is threading.main_thread() and signal.getsignal(number) is tell:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, before)
     run._signals = []
 
 
@@ -375,6 +375,13 @@ def _await_rank_0(path: Path, seconds: float = 300.0) -> dict[str, Any]:
         time.sleep(0.1)
     raise RunError(f"rank 0 has not opened {path} within {seconds:g} s: do all processes see the same directory?")
 
+# %% ../nbs/03_runs.ipynb #d1252d4b
+def _require_environment() -> None:
+    "Raise `RunError` in an environment that the job was not submitted from."
+    wanted = os.environ.get("DIFFLIT_PREFIX")
+    if wanted and os.path.realpath(wanted) != os.path.realpath(sys.prefix):
+        raise RunError(f"this kernel runs in {sys.prefix}, but the job was submitted from {wanted}; see `jupyter kernelspec list` there")
+
 # %% ../nbs/03_runs.ipynb #0e68c49b
 def open_run(
     given: Mapping[str, Any],  # parameters by name, as typed
@@ -397,6 +404,7 @@ def open_run(
     run.resumed = opened.get("resumed", resume != "never" and (path / "settings.yaml").exists())
     _begin(run)
     try:
+        _require_environment()
         saved = path / "settings.yaml" if run.resumed else None
         run.earlier = saved.read_text(encoding="utf-8") if saved and run.main else None
         run.settings = resolve(given, file=file or saved, cls=cls)
