@@ -6,8 +6,8 @@
 __all__ = ['MOST_CHECKED', 'Dimension', 'read_dimension', 'Space', 'parse_space', 'check_space', 'find_notebook',
            'read_objective', 'check_objective', 'json_line', 'heal', 'Search', 'read_search_settings', 'open_search',
            'Attempt', 'claim', 'reap', 'read_value', 'settle', 'trial_command', 'follow', 'search_job', 'Trial',
-           'Findings', 'read_search', 'write_best', 'trials_table', 'importances', 'importances_table', 'search_figure',
-           'slices_figure']
+           'Findings', 'read_search', 'write_best', 'trials_table', 'space_table', 'best_text', 'importances',
+           'importances_table', 'search_figure', 'slices_figure']
 
 # %% ../nbs/78_search.ipynb #b850b111
 import contextlib
@@ -915,7 +915,37 @@ def trials_table(
     more = [f"… and {len(rows) - most} more"] if len(rows) > most else []
     return "\n".join([*lines, *([""] if more or said else []), *more, *said])
 
-# %% ../nbs/78_search.ipynb #92a12ddb
+# %% ../nbs/78_search.ipynb #2a1b699a
+def space_table(
+    search: Search,  # from `read_search_settings`
+) -> str:  # Markdown
+    "What varies, over what, and what is fixed."
+    rows = []
+    for d in search.space.dimensions:
+        kind = (", in the logarithm" if d.log else "") + (", whole numbers" if d.whole else "")
+        over = ", ".join(map(str, d.values)) if d.values else f"{d.low:g} … {d.high:g}{kind}"
+        rows.append(f"| {d.name} | {over}{f', in steps of {d.step:g}' if d.step else ''} |")
+    s, better = search.settings, "highest" if search.higher else "lowest"
+    how = "all of them" if search.counted else "drawn by chance" if s.method == "random" else f"chosen by {s.method}, the first {s.startup} by chance"
+    pruned = "none is pruned" if s.prune == "none" else f"those are pruned that fall behind in {s.prune_by} ({s.prune})"
+    told = f"{search.total} trials of `{search.notebook.path.name}`, {how}; {pruned}. What is looked for is the {better} {search.objective}."
+    fixed = f" In all of them: {', '.join(f'{name}={value}' for name, value in search.fixed.items())}." if search.fixed else ""
+    return "\n".join(["| setting | varies over |", "|---|---|", *rows, "", told + fixed])
+
+
+def best_text(
+    found: Findings,  # from `read_search`
+) -> str:  # Markdown; a sentence if there is none
+    "The best trial, and the commands that go on with it."
+    if not found.ranked:
+        return "No trial has come to a value."
+    best, folder = found.ranked[0], found.folder
+    chosen = ", ".join(f"{name}={_short(value)}" for name, value in best.chosen.items())
+    where = os.path.relpath(folder)
+    return (f"**{best.name}**, {found.objective} {best.value:.5g}: {chosen}.\n\nTrain with its settings: `difflit train -f {where}/best.yaml`\n\n"
+            f"What it drew and scored stands in its report: `{where}/{best.name}/report.ipynb`")
+
+# %% ../nbs/78_search.ipynb #5c72125d
 def importances(
     folder: str | Path,  # of a search
 ) -> dict[str, float] | None:  # share of each setting that varied, the largest first; None without scikit-learn, or with too few trials
@@ -943,7 +973,7 @@ def importances_table(
     rows = [f"| {name} | {share:.2f} | {'█' * round(20 * share)} |" for name, share in found.items()]
     return "\n".join(["| setting | share of the variance | |", "|---|---|---|", *rows])
 
-# %% ../nbs/78_search.ipynb #db500908
+# %% ../nbs/78_search.ipynb #d8da8d98
 def search_figure(
     found: Findings,  # from `read_search`
     number: str = "val_loss",  # of metrics.csv, for the right half
@@ -985,7 +1015,7 @@ def _curve(axis: Any, path: Path, number: str, trial: Trial, best: bool) -> None
         axis.plot(metrics["step"][seen] if seen.any() else [], values[seen], lw=2 if best else 0.8, color=colour, alpha=1 if best else 0.5, marker="o", ms=2,
                   label=f"{trial.name}, the best" if best else None)
 
-# %% ../nbs/78_search.ipynb #0962f5c6
+# %% ../nbs/78_search.ipynb #ba5ab412
 def slices_figure(
     found: Findings,  # from `read_search`
 ) -> Picture | None:  # None before any trial has a value
