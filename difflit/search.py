@@ -731,7 +731,7 @@ def _pause(process: subprocess.Popen, seconds: float) -> None:
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(seconds)
 
-# %% ../nbs/78_search.ipynb #699db0b5
+# %% ../nbs/78_search.ipynb #a9799e77
 def _one_trial(search: Search, attempt: Attempt, stopper: Stopper, command: Callable[..., list[str]]) -> str:
     "Run a trial to its end; how it ended."
     log = logging.getLogger("difflit")
@@ -769,7 +769,8 @@ def search_job(
                 found = read_search(search.folder)
                 run.update(step=len(found.ended))
                 failed = failed + (end == "failed") if end in ("failed", "again") else 0
-                _give_up(search, attempt, failed)
+                if end == "failed":
+                    _give_up(search, attempt, failed)
                 if show is not None:
                     show(found)
     except OutOfTime as error:
@@ -786,8 +787,6 @@ def search_job(
 
 def _give_up(search: Search, attempt: Attempt, failed: int) -> None:
     "Raise if there is no use in going on."
-    if not failed:
-        return
     why = search.study.trials[attempt.trial.number].user_attrs["failed"]
     if _status(attempt.path).get("state") == "done":  # the others would not measure it either
         raise SettingsError(f"objective: {why}")

@@ -40,6 +40,9 @@ def work(run_dir, seconds=0.0, **given):
 
 def serve():
     """Fork a worker for each line of JSON and tell its number."""
+    import optuna.pruners  # noqa: F401
+    import optuna.samplers  # noqa: F401
+
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     for line in sys.stdin:
         order = json.loads(line)
@@ -57,22 +60,24 @@ class Workers:
     """Forked workers by their number."""
 
     def __init__(self):
-        code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import optuna, optuna.samplers, optuna.pruners, optuna.storages; from test_search import serve; serve()"
+        code = f"import sys; sys.path.insert(0, {str(HERE)!r}); from test_search import serve; serve()"
         self.process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
 
     def start(self, run_dir, **given):
         order = {"run_dir": str(run_dir), "log": f"{run_dir}.log", **given}
         self.process.stdin.write(json.dumps(order) + "\n")
         self.process.stdin.flush()
-        return int(self.process.stdout.readline())
+        pid = int(self.process.stdout.readline())
+        until(lambda: (read_status(run_dir) or {}).get("pid") == pid)
+        return pid
 
 
 @pytest.fixture(scope="module")
 def workers():
     made = Workers()
     yield made
-    made.process.stdin.close()
-    made.process.wait(60)
+    made.process.kill()
+    made.process.wait()
 
 
 def until(what, seconds=120):
@@ -133,7 +138,7 @@ def assert_whole(folder, trials=12):
 def test_twelve_trials_two_workers_one_killed(workers, tmp_path, with_trial):
     """Its trial goes on from where it died; a trial that outlives its worker is not done twice. The killed worker comes back and helps."""
     folder, runs = tmp_path / "search", [tmp_path / "worker-1", tmp_path / "worker-2"]
-    given = {"folder": str(folder), "seconds": 0.15, "prune": "none"}
+    given = {"folder": str(folder), "seconds": 0.06, "prune": "none"}
     pids = [workers.start(run, worker=i + 1, **given) for i, run in enumerate(runs)]
     trial = in_the_middle(folder, runs[0])
     os.kill(pids[0], signal.SIGKILL)
@@ -167,7 +172,7 @@ def test_the_other_worker_finishes_without_the_killed_one(workers, tmp_path):
 def test_a_killed_search_repeats_to_the_digit(workers, tmp_path):
     """One worker with a seed: the same trials, the same values, the same prunings, however often it is killed, and however seldom it looks."""
     whole = work(tmp_path / "whole", 0.0)
-    slow = work(tmp_path / "slow", 0.0, poll_seconds=0.7)
+    slow = work(tmp_path / "slow", 0.0, poll_seconds=0.3)
     broken = tmp_path / "broken"
     pid = workers.start(broken, seconds=0.05)
     for again in range(2):
@@ -226,7 +231,8 @@ def test_a_torn_journal_is_healed(tmp_path):
 
 
 WRONG = [({"space": "lr=1e-5..20:log"}, "lr=20.0: input should be less than 10"), ({"space": "lrr=1,2"}, "did you mean 'lr'"), ({"space": "lr"}, "neither name=values"),
-         ({"space": ""}, "nothing varies"), ({"space": "lr=1e-3..1e-5"}, "from the smaller number to the larger"), ({"space": "flip=yes,perhaps"}, "declares flip as bool"),
+         ({"space": ""}, "nothing varies"), ({"space": "lr=1e-3..1e-5"}, "from the smaller number to the larger"),
+         ({"space": "flip=yes,perhaps"}, "declares flip as bool"),
          ({"fixed": "stepz=3"}, "did you mean 'steps'"), ({"fixed": "lr=1"}, "lr varies, and is fixed as well"), ({"objective": "beauty"}, "is higher better, or lower?"),
          ({"objective": "judge/alignment"}, "judge_every_steps"), ({"objective": "vall_loss"}, "did you mean 'val_loss'"), ({"prune_by": "vall_loss"}, "prune_by='vall_loss'"),
          ({"notebook": "trian"}, "did you mean 'train'"), ({"method": "grid"}, "has none; list them with commas"), ({"space": "none.yaml"}, "there is no settings file none.yaml")]
@@ -243,8 +249,8 @@ def test_a_mistake_is_told_before_anything_starts(tmp_path, given, says):
 
 
 def test_directions_agree_with_the_scorecards():
-    for name in ("fd.random", "kid.inception", "is.inception", "precision.random", "recall.random", "clip.score", "alignment.colour", "restoration.plain", "restoration.psnr",
-                 "digit_agreement", "nearest_caption", "found.at_0.1", "density.random", "coverage.random", "wins.alignment"):
+    for name in ("fd.random", "kid.inception", "is.inception", "precision.random", "recall.random", "clip.score", "alignment.colour", "restoration.plain",
+                 "restoration.psnr", "digit_agreement", "nearest_caption", "found.at_0.1", "density.random", "coverage.random", "wins.alignment"):
         assert read_objective(name)[1] is not is_lower_better(name), name
 
 
@@ -266,7 +272,8 @@ def test_the_best_settings_train(tmp_path):
 # The notebook
 
 
-REAL = "image_size=16 limit=64 batch_size=8 steps=8 score_images=0 sampler_steps=1 validation_images=8 workers=0 trackers=none channels=32 precision=fp32 checkpoint_every_steps=2"
+REAL = ("image_size=16 limit=64 batch_size=8 steps=8 score_images=0 sampler_steps=1 validation_images=8 workers=0 trackers=none channels=32 precision=fp32 "
+        "checkpoint_every_steps=2")
 
 
 def papermill(folder, number, *words):
@@ -274,7 +281,7 @@ def papermill(folder, number, *words):
     run = folder.parent / f"worker-{number}"
     run.mkdir(exist_ok=True)
     out = run / f"report.{len(list(run.glob('report*')))}.ipynb"
-    settings = {"folder": folder, "run_dir": run, "worker": number, "space": "lr=1e-4..1e-1:log uncond_p=0.0..0.3", "fixed": REAL, "trials": 12, "poll_seconds": 0.5}
+    settings = {"folder": folder, "run_dir": run, "worker": number, "space": "lr=1e-4..1e-1:log uncond_p=0.0..0.3", "fixed": REAL, "trials": 12}
     command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(ROOT / "nbs" / "search.ipynb"), str(out), *words]
     command += [word for name, value in settings.items() for word in ("-p", name, str(value))]
     log = open(run / "papermill.log", "ab")
