@@ -325,7 +325,7 @@ class AuditSettings(JudgeSettings):
     deduplicate: bool = Field(True, description="leave copies out of the training set first; else a copied pair hides a copier")
     perturb: bool = Field(True, description="measure how much noise a copy may have and still be found")
 
-
+# %% ../nbs/00_config.ipynb #573403a7
 class SearchSettings(JobSettings):
     "All settings of `nbs/search.ipynb`; device, precision and deterministic are those of the trials."
 

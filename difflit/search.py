@@ -609,7 +609,7 @@ def reap(
             dealt.append(told["run"])
     return dealt
 
-# %% ../nbs/78_search.ipynb #7d118ece
+# %% ../nbs/78_search.ipynb #21bc592b
 def read_value(
     path: str | Path,  # a run directory
     name: str,  # of a score, or of a column of metrics.csv
@@ -628,7 +628,7 @@ def read_value(
         raise SettingsError(f"{path.name} has no {name!r}" + (nearest(name, there) if there else ": it measured nothing"))
     return float(values[np.isfinite(values)][-1])
 
-
+# %% ../nbs/78_search.ipynb #6eda12dd
 def settle(
     search: Search,  # open
     number: int,  # optuna's, of the trial
@@ -669,7 +669,7 @@ def _last_line(path: Path) -> str:
         return f"; papermill said last: {lines[-1][:200]}" if lines else ""
     return ""
 
-# %% ../nbs/78_search.ipynb #52bbc715
+# %% ../nbs/78_search.ipynb #5eeebd94
 def trial_command(
     notebook: Path,  # that is run
     report: Path,  # its executed copy
@@ -694,7 +694,7 @@ def _start(search: Search, attempt: Attempt, command: Callable[..., list[str]]) 
     attempt.trial.set_user_attr("process", {"host": socket.gethostname(), "pid": process.pid})
     return process
 
-# %% ../nbs/78_search.ipynb #a30818f6
+# %% ../nbs/78_search.ipynb #fc28ed44
 def follow(
     search: Search,  # open
     attempt: Attempt,  # claimed
@@ -731,7 +731,7 @@ def _pause(process: subprocess.Popen, seconds: float) -> None:
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(seconds)
 
-# %% ../nbs/78_search.ipynb #a9799e77
+# %% ../nbs/78_search.ipynb #d8e4d37c
 def _one_trial(search: Search, attempt: Attempt, stopper: Stopper, command: Callable[..., list[str]]) -> str:
     "Run a trial to its end; how it ended."
     log = logging.getLogger("difflit")
@@ -743,7 +743,7 @@ def _one_trial(search: Search, attempt: Attempt, stopper: Stopper, command: Call
     log.info("%s: %s", attempt.name, end)
     return end
 
-
+# %% ../nbs/78_search.ipynb #e493910d
 def search_job(
     run: Run,  # open, of `SearchSettings`
     show: Callable[["Findings"], Any] | None = None,  # called after each trial
@@ -793,7 +793,7 @@ def _give_up(search: Search, attempt: Attempt, failed: int) -> None:
     if failed >= search.settings.failures:
         raise RunError(f"the last {failed} trials failed; {attempt.name} says: {why}")
 
-# %% ../nbs/78_search.ipynb #cd74fcac
+# %% ../nbs/78_search.ipynb #f816b2f1
 @dataclass
 class Trial:
     "One trial as it stands."
@@ -829,7 +829,7 @@ class Findings:
         "Those with a value, the best first."
         return sorted((t for t in self.trials if t.value is not None), key=lambda t: (-1 if self.higher else 1) * float(t.value))  # type: ignore[arg-type]
 
-# %% ../nbs/78_search.ipynb #eacddb51
+# %% ../nbs/78_search.ipynb #6032e2ad
 def _seconds(status: Mapping[str, Any]) -> float | None:
     "How long the last attempt of a run took."
     try:
@@ -875,7 +875,7 @@ def read_search(
     name, higher = read_objective(told["objective"])
     return Findings(folder, name, higher, _read_space(told), told["fixed"], [_read_trial(folder, attempts[run]) for run in sorted(attempts)])
 
-# %% ../nbs/78_search.ipynb #6312cb00
+# %% ../nbs/78_search.ipynb #30f601b9
 def write_best(
     folder: str | Path,  # of a search
 ) -> Path | None:  # best.yaml; None while no trial has a value
@@ -889,7 +889,7 @@ def write_best(
     head = f"# {best.name} of {len(found.ended)} trials: {found.objective} {best.value:.6g}\n"
     return atomic_write(found.folder / "best.yaml", head + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
-# %% ../nbs/78_search.ipynb #f06edd87
+# %% ../nbs/78_search.ipynb #6e94fccc
 def _short(value: Any) -> str:
     "A value for a table."
     return f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -914,7 +914,7 @@ def trials_table(
     more = [f"… and {len(rows) - most} more"] if len(rows) > most else []
     return "\n".join([*lines, *([""] if more or said else []), *more, *said])
 
-# %% ../nbs/78_search.ipynb #2a1b699a
+# %% ../nbs/78_search.ipynb #2c7e4ade
 def space_table(
     search: Search,  # from `read_search_settings`
 ) -> str:  # Markdown
@@ -944,7 +944,7 @@ def best_text(
     return (f"**{best.name}**, {found.objective} {best.value:.5g}: {chosen}.\n\nTrain with its settings: `difflit train -f {where}/best.yaml`\n\n"
             f"What it drew and scored stands in its report: `{where}/{best.name}/report.ipynb`")
 
-# %% ../nbs/78_search.ipynb #5c72125d
+# %% ../nbs/78_search.ipynb #a816c6a1
 def importances(
     folder: str | Path,  # of a search
 ) -> dict[str, float] | None:  # share of each setting that varied, the largest first; None without scikit-learn, or with too few trials
@@ -972,7 +972,7 @@ def importances_table(
     rows = [f"| {name} | {share:.2f} | {'█' * round(20 * share)} |" for name, share in found.items()]
     return "\n".join(["| setting | share of the variance | |", "|---|---|---|", *rows])
 
-# %% ../nbs/78_search.ipynb #d8da8d98
+# %% ../nbs/78_search.ipynb #75ddbc27
 def search_figure(
     found: Findings,  # from `read_search`
     number: str = "val_loss",  # of metrics.csv, for the right half
@@ -1014,7 +1014,7 @@ def _curve(axis: Any, path: Path, number: str, trial: Trial, best: bool) -> None
         axis.plot(metrics["step"][seen] if seen.any() else [], values[seen], lw=2 if best else 0.8, color=colour, alpha=1 if best else 0.5, marker="o", ms=2,
                   label=f"{trial.name}, the best" if best else None)
 
-# %% ../nbs/78_search.ipynb #ba5ab412
+# %% ../nbs/78_search.ipynb #9017f0d7
 def slices_figure(
     found: Findings,  # from `read_search`
 ) -> Picture | None:  # None before any trial has a value

@@ -230,12 +230,23 @@ def test_a_torn_journal_is_healed(tmp_path):
 # Settings
 
 
-WRONG = [({"space": "lr=1e-5..20:log"}, "lr=20.0: input should be less than 10"), ({"space": "lrr=1,2"}, "did you mean 'lr'"), ({"space": "lr"}, "neither name=values"),
-         ({"space": ""}, "nothing varies"), ({"space": "lr=1e-3..1e-5"}, "from the smaller number to the larger"),
-         ({"space": "flip=yes,perhaps"}, "declares flip as bool"),
-         ({"fixed": "stepz=3"}, "did you mean 'steps'"), ({"fixed": "lr=1"}, "lr varies, and is fixed as well"), ({"objective": "beauty"}, "is higher better, or lower?"),
-         ({"objective": "judge/alignment"}, "judge_every_steps"), ({"objective": "vall_loss"}, "did you mean 'val_loss'"), ({"prune_by": "vall_loss"}, "prune_by='vall_loss'"),
-         ({"notebook": "trian"}, "did you mean 'train'"), ({"method": "grid"}, "has none; list them with commas"), ({"space": "none.yaml"}, "there is no settings file none.yaml")]
+WRONG = [
+    ({"space": "lr=1e-5..20:log"}, "lr=20.0: input should be less than 10"),
+    ({"space": "lrr=1,2"}, "did you mean 'lr'"),
+    ({"space": "lr"}, "neither name=values"),
+    ({"space": ""}, "nothing varies"),
+    ({"space": "lr=1e-3..1e-5"}, "from the smaller number to the larger"),
+    ({"space": "flip=yes,perhaps"}, "declares flip as bool"),
+    ({"fixed": "stepz=3"}, "did you mean 'steps'"),
+    ({"fixed": "lr=1"}, "lr varies, and is fixed as well"),
+    ({"objective": "beauty"}, "is higher better, or lower?"),
+    ({"objective": "judge/alignment"}, "judge_every_steps"),
+    ({"objective": "vall_loss"}, "did you mean 'val_loss'"),
+    ({"prune_by": "vall_loss"}, "prune_by='vall_loss'"),
+    ({"notebook": "trian"}, "did you mean 'train'"),
+    ({"method": "grid"}, "has none; list them with commas"),
+    ({"space": "none.yaml"}, "there is no settings file none.yaml"),
+]
 
 
 @pytest.mark.parametrize("given, says", WRONG, ids=[says for _, says in WRONG])

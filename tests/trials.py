@@ -1,4 +1,4 @@
-"""A stand-in for a training run, in milliseconds: `python trials.py SECONDS RUN SETTINGS` writes what a run writes, goes on where it was, and obeys `stop.now`."""
+"""A stand-in for a training run: `python trials.py SECONDS RUN SETTINGS` writes what a run writes, goes on where it was, and obeys `stop.now`."""
 
 import json
 import math
