@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['PRESETS', 'SettingsError', 'nearest', 'Settings', 'JobSettings', 'RunSettings', 'DataSettings', 'CacheSettings',
            'FillSettings', 'ModelSettings', 'OptimizerSettings', 'SurvivalSettings', 'TrainSettings', 'JudgeSettings',
-           'EvaluateSettings', 'AuditSettings', 'preset', 'shapes', 'digits', 'emoji', 'folder', 'glide_base',
-           'glide_inpaint', 'glide_upsample', 'glide_base_tiny', 'glide_inpaint_tiny', 'glide_upsample_tiny',
-           'noised_clip', 'clean_clip', 'latent_tiny', 'sd15', 'sd15_t5_sdxlvae', 'read_settings', 'read_options',
-           'what_is_given', 'resolve', 'notebook_parameters', 'settings_yaml', 'settings_table', 'parameters_cell']
+           'EvaluateSettings', 'AuditSettings', 'SearchSettings', 'preset', 'shapes', 'digits', 'emoji', 'folder',
+           'glide_base', 'glide_inpaint', 'glide_upsample', 'glide_base_tiny', 'glide_inpaint_tiny',
+           'glide_upsample_tiny', 'noised_clip', 'clean_clip', 'latent_tiny', 'sd15', 'sd15_t5_sdxlvae',
+           'read_settings', 'read_options', 'what_is_given', 'resolve', 'notebook_parameters', 'settings_yaml',
+           'settings_table', 'parameters_cell']
 
 # %% ../nbs/00_config.ipynb #2acafd7f
 import ast
@@ -326,6 +327,29 @@ class AuditSettings(JudgeSettings):
     signs: str = Field("none", description="signs inside the network, commas between: text_noise, attention_entropy; all; none")
     sign_captions: int = Field(32, ge=2, description="training captions, and held-out ones, that signs are looked for with")
     other_half: str | None = Field(None, description="a model trained in the same way on other pictures: do both draw the same from the same noise?")
+
+# %% ../nbs/00_config.ipynb #573403a7
+class SearchSettings(JobSettings):
+    "All settings of `nbs/search.ipynb`; device, precision and deterministic are those of the trials."
+
+    space: str = Field("", description="what varies: names and values, apart by spaces, an equals sign in each: lr over 1e-5..1e-3:log, or a YAML file")
+    fixed: str = Field("", description="settings of all trials: names and values likewise, or a YAML file, or both")
+    folder: str | None = Field(None, description="of the whole search, which its workers share (None: run_dir)")
+    worker: int = Field(0, ge=0, description="number of this worker, where several share the folder; it tells their directories apart and changes nothing else")
+    notebook: str = Field("train", description="what each trial runs, by name or path")
+    objective: str = Field("val_loss", description="what is to get better: a number of metrics.csv or scores.json; +NAME: higher is better, -NAME: lower")
+    trials: int | None = Field(None, ge=1, description="how many are to come to an end, over all workers (None: 20, of a grid or a list all)")
+    method: Literal["tpe", "random", "grid"] = Field("tpe", description="how settings are chosen; a list of named runs is gone through like a grid")
+    startup: int = Field(5, ge=1, description="trials drawn at random before tpe has something to go by, and finished before others are pruned")
+    prune: Literal["none", "median", "halving"] = Field("median", description="stop trials that fall behind the median, or the best third, midway")
+    prune_by: str = Field("val_loss", description="the number of metrics.csv that prune goes by; +NAME where higher is better")
+    prune_after: float = Field(0.2, ge=0, lt=1, description="share of a trial's steps before which it is not pruned")
+    retries: int = Field(2, ge=0, description="how often a trial goes on after its process died")
+    failures: int = Field(3, ge=1, description="so many trials of this worker that fail in a row end it")
+    wait: bool = Field(True, description="at the end wait for the others' trials, and take over those that die")
+    poll_seconds: float = Field(2.0, gt=0, description="time between two looks at a trial")
+    walltime: str | None = Field(None, description="stop and save before this time is over: 12:00:00, 90m, 1.5h; auto: what Slurm says (None: no limit)")
+    grace_seconds: float = Field(30.0, ge=0, description="time from a scheduler's SIGTERM or SIGUSR2 to its kill; 0: no limit")
 
 # %% ../nbs/00_config.ipynb #44a0b7a4
 PRESETS: dict[str, Callable[[], dict]] = {}

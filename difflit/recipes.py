@@ -973,7 +973,7 @@ def _preempted(job: TrainingJob, reason: str) -> None:
     "Say that the run was stopped before its end, and how it goes on."
     how = f"run_dir={job.run.path} and resume=auto"
     job.run.note(step=job.state.step)
-    finish(job.run, "preempted", reason)
+    finish(job.run, "pruned" if reason.startswith("pruned") else "preempted", reason)
     skip_later_cells(job.run, f"Stopped after step {job.state.step} of {job.steps}: {reason}. The cells from here on were skipped; the run goes on with {how}.")
 
 # %% ../nbs/71_recipes.ipynb #86b6a71a

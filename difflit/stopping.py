@@ -105,8 +105,8 @@ class Stopper:
         if self.folder is not None and time.monotonic() - self._files_at >= FILES_EVERY_SECONDS:
             self._files_at = time.monotonic()
             save = (self.folder / "checkpoint.now").exists()
-            if (self.folder / "stop.now").exists():
-                self.request("stop.now")
+            with contextlib.suppress(FileNotFoundError):
+                self.request((self.folder / "stop.now").read_text(encoding="utf-8", errors="replace").strip() or "stop.now")
         return Asked(self.reason is not None, save, self.reason)
 
     def saved(self) -> None:

@@ -347,6 +347,19 @@ def test_files_in_the_run_directory_are_orders(tmp_path):
     assert not (folder / "stop.now").exists() and job.state.step < 12 and last_checkpoint(folder).name == f"step-{job.state.step:08d}"
 
 
+def test_a_stop_says_why_and_a_pruned_run_is_no_preempted_one(tmp_path):
+    """The words in `stop.now` are the reason, and where they begin with `pruned` the state as well; the run can still be gone on with."""
+    folder = tmp_path / "run"
+    opened = open_run({**MICRO, "run_dir": str(folder), "steps": 200, "checkpoint_every_steps": 100})
+    (folder / "stop.now").write_text("pruned: val_loss is above the median of the others")
+    job = train_job(prepare(opened), show=False)
+    status = read_status(folder)
+    assert (status["state"], status["reason"]) == ("pruned", "pruned: val_loss is above the median of the others")
+    assert 0 < job.state.step < 200 and last_checkpoint(folder).name == f"step-{job.state.step:08d}" and not (folder / "stop.now").exists()
+    assert run(folder, resume="auto", steps=job.state.step + 2).state.step == job.state.step + 2 and read_status(folder)["state"] == "done"
+
+
+
 # Memory
 
 
