@@ -71,7 +71,7 @@ process() {  # one kernel: rank 0's copy of the notebook is the report, the othe
 }
 
 node() {  # what node number $1 runs. Signals to everybody are ignored: papermill has to outlive the kernel's last checkpoint
-    trap '' TERM USR1 USR2 URG
+    trap '' INT TERM USR1 USR2 URG
     local where=(--standalone)
     ((NODES > 1)) && where=(--nnodes "$NODES" --node-rank "$1" --master-addr "$head" --master-port "$port" --rdzv-id "$DIFFLIT_MARK")
     if ((NODES * PROCESSES == 1)); then inside bash "$file" process
