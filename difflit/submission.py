@@ -8,7 +8,7 @@ __all__ = ['KINDS', 'MOST_CELLS', 'SMALL_BYTES', 'FINISHED', 'LIVE', 'Parameter'
            'check_environment', 'room_needed', 'task_id', 'run_states', 'Request', 'make_request', 'Submission', 'plan',
            'submit', 'plan_again', 'request_then', 'plan_chain', 'tell_followers', 'follow']
 
-# %% ../nbs/77_submission.ipynb #ce256b52
+# %% ../nbs/77_submission.ipynb #2fafa777
 import ast
 import importlib
 import json
@@ -34,7 +34,7 @@ from .runs import read_status
 from .schedulers import ClusterError, JobSpec, Profile, find_scheduler, get_profile, get_scheduler, load_profiles
 from .stopping import read_walltime
 
-# %% ../nbs/77_submission.ipynb #5a8195ae
+# %% ../nbs/77_submission.ipynb #162c1c52
 KINDS = ("bool", "int", "float", "str")
 
 
@@ -65,7 +65,7 @@ def _declared(cell: str, where: Path) -> dict[str, Parameter]:
         found |= {t.id: Parameter(t.id, kind, default) for t in targets if isinstance(t, ast.Name)}
     return found
 
-# %% ../nbs/77_submission.ipynb #3849e889
+# %% ../nbs/77_submission.ipynb #ae841338
 @dataclass(frozen=True)
 class RunNotebook:
     "What must be known of a notebook before it is submitted."
@@ -102,7 +102,7 @@ def _registered(cells: Sequence[str]) -> frozenset[str]:
                     names |= {node.name, node.name.replace("_", "-"), *(word for word in told if isinstance(word, str))}
     return frozenset(names)
 
-# %% ../nbs/77_submission.ipynb #5b1c26a7
+# %% ../nbs/77_submission.ipynb #b6149cc9
 def _settings_of(cells: Sequence[str]) -> tuple[type[Settings] | None, str]:
     "The settings class and the kind of job that a notebook opens its run with."
     text = "\n".join(cells)
@@ -132,7 +132,7 @@ def read_notebook(
     kernel = about.get("kernelspec", {}).get("name", "python3")
     return RunNotebook(path, _declared(tagged, path), tagged, settings, job, kernel, _registered([source for source, _ in cells]))
 
-# %% ../nbs/77_submission.ipynb #1f82ae28
+# %% ../nbs/77_submission.ipynb #a1d93032
 _TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
@@ -161,7 +161,7 @@ def _typed(parameter: Parameter, value: Any, where: str) -> Any:
         raise SettingsError(f"{parameter.name}={value!r}: {where} declares {parameter.name} as {kind}")
     return read
 
-# %% ../nbs/77_submission.ipynb #db2d5e07
+# %% ../nbs/77_submission.ipynb #322c1153
 def _typed_all(notebook: RunNotebook, given: Mapping[str, Any]) -> dict[str, Any]:
     "Values as a notebook declares them, without those that say nothing."
     where = notebook.path.name
@@ -186,7 +186,7 @@ def check_settings(
         return typed, None
     return typed, resolve(asked, cls=cls)
 
-# %% ../nbs/77_submission.ipynb #de1c060a
+# %% ../nbs/77_submission.ipynb #85fcce79
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(\d+))?")
 MOST_CELLS = 10_000
 
@@ -223,7 +223,7 @@ def parse_sweep(
         grid[name.strip()] = _values(name.strip(), text)
     return grid
 
-# %% ../nbs/77_submission.ipynb #bc9bf362
+# %% ../nbs/77_submission.ipynb #8d4e8521
 def read_ablations(
     path: str | Path,  # a YAML file as above
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]], dict[str, list[Any]]]:  # settings of all, of each named run, the grid
@@ -246,7 +246,7 @@ def read_ablations(
         raise SettingsError(f"{path} names neither runs nor a grid")
     return common, {str(name): dict(settings or {}) for name, settings in runs.items()}, {name: _values(name, values) for name, values in grid.items()}
 
-# %% ../nbs/77_submission.ipynb #07f313b9
+# %% ../nbs/77_submission.ipynb #79c9b4a5
 @dataclass(frozen=True)
 class Cell:
     "One run of a sweep."
@@ -272,7 +272,7 @@ def cell_name(
     name = re.sub(r"[^A-Za-z0-9_.,=+-]+", "-", ",".join(words)).lstrip(".-") or "run"
     return name if len(name) <= 100 else f"{name[:90]}-{_digest({**varying, '': label})}"
 
-# %% ../nbs/77_submission.ipynb #6484388d
+# %% ../nbs/77_submission.ipynb #94953475
 def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     "Settings over others; steps and epochs are two ways to say one thing, and the upper one counts."
     gone = {other for name, other in (("steps", "epochs"), ("epochs", "steps")) if name in above and other not in above}
@@ -317,7 +317,7 @@ def make_cells(
         cells.append(Cell(cell_name({name: given.get(name) for name in chosen}, label), {name: given.get(name) for name in (*own, *chosen)}, given, settings))
     return _told_apart(cells)
 
-# %% ../nbs/77_submission.ipynb #d901ec16
+# %% ../nbs/77_submission.ipynb #33049f6c
 def _is_coming(name: str, coming: Sequence[Path]) -> bool:
     "Whether an earlier job of a chain makes this."
     path = Path(name).expanduser().absolute()
@@ -366,7 +366,7 @@ def _require_data(settings: Any, own: frozenset[str]) -> None:
         elif not any(Path(file).suffix.lower() in IMAGE_SUFFIXES for _, _, files in os.walk(path) for file in files):
             raise DataError(f"data={name!r} is a folder without pictures")
 
-# %% ../nbs/77_submission.ipynb #5ae4492c
+# %% ../nbs/77_submission.ipynb #912b3e2f
 def _require_judges(words: str, own: frozenset[str]) -> None:
     "Raise `SettingsError` unless extractors can be loaded; weights that open_clip might download are looked for and not loaded."
     from difflit.extractors import get_extractor
@@ -400,11 +400,20 @@ def _require_clip(named: str) -> None:
         raise SettingsError(f"clip={named}: its weights are not on this machine, and a job may have no network: "
                             "load it once where there is one, or name a file")
 
-# %% ../nbs/77_submission.ipynb #eff9195d
+# %% ../nbs/77_submission.ipynb #3fadb66e
+def _judged(text: str, coming: Sequence[Path]) -> list[str]:
+    "Models one by one; names of runs, those to come included, may have commas in them."
+    from difflit.evaluation import _words
+
+    for run in sorted(map(str, coming), key=len, reverse=True):
+        text = text.replace(run, run.replace(",", "\0"))
+    return [word.replace("\0", ",") for word in _words(text)]
+
+
 def _checks(settings: Any, own: frozenset[str], coming: Sequence[Path]) -> Iterator[Callable[[], Any]]:
     "What settings name, a check each."
     told = {name: value for name in settings.__class__.model_fields if (value := getattr(settings, name)) not in (None, "", "scratch")}
-    judged = [word.strip() for name in ("models", "model") for word in str(told.get(name, "")).split(",")] if "part" in told else []
+    judged = _judged(str(told.get("models") or told.get("model", "")), coming) if "part" in told else []
     names = [told[name] for name in ("init_from", "upsampler", "vae") if name in told] + str(told.get("text_encoder", "")).split(",") + judged
     names += [told["model"]] if "part" not in told and "/" in told.get("model", "") else []
     for name in filter(None, map(str.strip, names)):
@@ -432,7 +441,7 @@ def _require_prompts(prompts: str, sets: bool) -> None:
     else:
         read_prompts(prompts)
 
-# %% ../nbs/77_submission.ipynb #eb298e25
+# %% ../nbs/77_submission.ipynb #3e61b137
 def find_missing(
     cells: Sequence[Cell],  # of a sweep
     own: frozenset[str] = frozenset(),  # names that the notebook registers
@@ -453,7 +462,7 @@ def find_missing(
                 found[str(error)] = None
     return list(found)
 
-# %% ../nbs/77_submission.ipynb #96167fec
+# %% ../nbs/77_submission.ipynb #6457fa3b
 _ASK = """
 import json, re, subprocess, sys
 import difflit, ipykernel, papermill
@@ -493,7 +502,7 @@ def check_environment(
                             f"make them one by {python} -m ipykernel install --sys-prefix --name {kernel}")
     return Path(prefix)
 
-# %% ../nbs/77_submission.ipynb #dacd6be8
+# %% ../nbs/77_submission.ipynb #3f672a6d
 SMALL_BYTES = 20_000_000
 
 
@@ -521,7 +530,7 @@ def room_needed(
     averages = len([word for word in settings.averages.split(",") if word.strip()])
     return SMALL_BYTES + checkpoint_bytes(model, 4 + averages) * (settings.keep_checkpoints + settings.keep_best + 1)
 
-# %% ../nbs/77_submission.ipynb #7c8de52a
+# %% ../nbs/77_submission.ipynb #7a12b956
 FINISHED = ("done", "pruned")
 LIVE = ("running", "pending", "unknown")
 
@@ -577,7 +586,7 @@ def run_states(
             found[run] = said, f"job {jobs[run]['id']}"
     return found
 
-# %% ../nbs/77_submission.ipynb #c475ce26
+# %% ../nbs/77_submission.ipynb #2c69ae66
 @dataclass(frozen=True)
 class Request:
     "What a job asks of the cluster."
@@ -614,7 +623,7 @@ def make_request(
         asked["time"] = str(asked["time"])
     return Request(chosen, **asked)
 
-# %% ../nbs/77_submission.ipynb #d45d7e26
+# %% ../nbs/77_submission.ipynb #83c2e7cd
 @dataclass(frozen=True)
 class Submission:
     "What would be submitted, and where. Nothing is written yet."
@@ -662,7 +671,7 @@ def _plan_text(plan: Submission, rows: int = 30) -> str:
         return "\n".join([*lines, "nothing to submit"])
     return "\n".join([*lines, f"asks for {', '.join(asks)}", f"script:  {_near(spec.folder / 'job.sh')}", f"command: {' '.join(map(_near, plan.command))}"])
 
-# %% ../nbs/77_submission.ipynb #5ae8ed3e
+# %% ../nbs/77_submission.ipynb #45009e19
 def _new_folder(root: str | Path, name: str) -> Path:
     "A folder's name that nobody has."
     base = Path(root).absolute() / f"{datetime.now():%Y%m%d-%H%M%S}-{re.sub(r'[^A-Za-z0-9_.-]+', '-', name).strip('.-') or 'run'}"
@@ -701,7 +710,7 @@ def _request_record(request: Request) -> dict[str, Any]:
     plain = {name: getattr(request, name) for name in ("gpus", "nodes", "time", "max_parallel", "requeues")}
     return {"profile": request.profile.model_dump(exclude_defaults=True) | {"scheduler": request.profile.scheduler}, **plain}
 
-# %% ../nbs/77_submission.ipynb #5a94b4cd
+# %% ../nbs/77_submission.ipynb #9898a4b6
 def _refuse_what_lacks(notebook: RunNotebook, cells: Sequence[Cell], request: Request, folder: Path, coming: Sequence[Path]) -> None:
     "Raise `SettingsError` that lists all that is not there."
     lacking = find_missing(cells, notebook.own, coming)
@@ -744,7 +753,7 @@ def _planned(notebook: RunNotebook, cells: Sequence[Cell], folder: Path, request
     files |= {where / "runs.txt": "".join(f"{run}\n" for run in spec.runs)} if spec.array else {}
     return Submission(notebook, tuple(going), left, spec, files if going else {}, {**record, "folder": str(folder)}, live)
 
-# %% ../nbs/77_submission.ipynb #572489db
+# %% ../nbs/77_submission.ipynb #2ee88348
 def plan(
     notebook: str | Path,  # to be run
     given: Mapping[str, Any] | None = None,  # settings of all runs
@@ -775,7 +784,7 @@ def plan(
         raise SettingsError(f"{where} is the folder of a sweep, not a run: take another one")
     return _planned(book, cells, where, request, files, record, coming, offline)
 
-# %% ../nbs/77_submission.ipynb #8999f01f
+# %% ../nbs/77_submission.ipynb #16c94f08
 @contextmanager
 def _all_or_nothing(files: Mapping[Path, str], folders: Sequence[Path]) -> Iterator[None]:
     "Write files and make folders; on an error all is again as it was, but for what others have put there."
@@ -814,7 +823,7 @@ def _hand_over(plan: Submission, after: Sequence[str]) -> str:
         raise
     return id
 
-# %% ../nbs/77_submission.ipynb #48e5971b
+# %% ../nbs/77_submission.ipynb #6f3f3bbe
 def submit(
     *plans: Submission,  # one, or a chain: each waits until the one before has ended well
 ) -> list[str]:  # the job of each that had something to submit
@@ -848,7 +857,7 @@ def _take_back(plan: Submission, id: str) -> None:
         with suppress(OSError):
             path.rmdir()
 
-# %% ../nbs/77_submission.ipynb #bd6f4abe
+# %% ../nbs/77_submission.ipynb #2731c224
 def plan_again(
     path: str | Path,  # the folder of a sweep, one of its run directories, or that of a single run
     *,
@@ -898,7 +907,7 @@ def _found_again(notebook: str, folder: Path) -> RunNotebook:
     "The notebook where it was, else the copy that was submitted."
     return read_notebook(notebook if Path(notebook).exists() else folder / "notebook.ipynb")
 
-# %% ../nbs/77_submission.ipynb #0108abf2
+# %% ../nbs/77_submission.ipynb #2f681ea8
 _ASKS = ("profile", "scheduler", "gpus", "nodes", "time", "max_parallel", "requeues")
 _LINK = ("name", "notebook", "settings", "file", "sweep", "ablations", "folder", *_ASKS)
 
@@ -956,7 +965,7 @@ def _link(link: Mapping[str, Any], name: str, find: Callable[[str], Path], profi
     return plan(find(str(link["notebook"])), given, file=link.get("file"), grid=grid, named=named, request=asked, folder=folder, coming=coming, follows=last,
                 **how)
 
-# %% ../nbs/77_submission.ipynb #5e511f13
+# %% ../nbs/77_submission.ipynb #3eee32e4
 def tell_followers(
     runs: Sequence[str | Path],  # run directories, in the order of the chain
 ) -> dict[Path, str]:  # those that were told, and what
