@@ -312,7 +312,7 @@ def test_twelve_real_trials_two_jobs_one_killed(tmp_path):
     until(lambda: read_status(run)["state"] == "dead", 60)
     jobs[0] = papermill(folder, 1, "-p", "resume", "auto")
     for process, _ in jobs:
-        assert process.wait(1500) == 0
+        assert process.wait(2400) == 0
     found = read_search(folder)
     assert len(found.ended) == 12 and {t.state for t in found.trials} <= {"done", "pruned"}
     assert next(t for t in found.trials if t.name == trial.name).attempts == 2 and (trial / "report.1.ipynb").exists()
