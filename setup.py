@@ -12,7 +12,7 @@ config = ConfigParser(delimiters=["="])
 config.read(HERE / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 
-RUN_NOTEBOOKS = ["train", "precompute", "evaluate", "audit", "copying"]
+RUN_NOTEBOOKS = ["train", "precompute", "evaluate", "audit", "copying", "search"]
 
 
 class BuildWithNotebooks(build_py):

@@ -757,7 +757,8 @@ def curves_beside(
     from difflit.data import Picture
     from difflit.tracking import smooth
 
-    curves = {Path(path).name: read_curves(path) for path in paths}
+    named = [Path(path).name for path in paths]
+    curves = {name if named.count(name) == 1 else f"{Path(path).parent.name}/{name}": read_curves(path) for name, path in zip(named, paths)}
     if not any(curves.values()):
         raise SettingsError(f"none of these has metrics: {', '.join(curves)}")
     figure = Picture(figsize=(8.4, 3.0), dpi=80, layout="constrained")
