@@ -163,7 +163,7 @@ class _Runs(TyperGroup):
 runs = typer.Typer(help="What runs there are, and how they compare.", cls=_Runs, no_args_is_help=False)
 app.add_typer(runs, name="runs")
 
-
+# %% ../nbs/80_cli.ipynb #bbb6db95
 def _ask(scheduler: str, ids: list[str]) -> dict[str, str]:
     "What a scheduler says of jobs."
     from difflit.schedulers import get_scheduler

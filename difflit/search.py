@@ -266,7 +266,7 @@ def find_notebook(
     return read_notebook(there[name])
 
 # %% ../nbs/78_search.ipynb #d19dc553
-_LOWER = re.compile(r"loss|seconds|memory|grad_norm|data_wait|copies|copied|error|^fd|^kid|^restoration\.plain")
+_LOWER = re.compile(r"loss|seconds|memory|grad_norm|data_wait|copies|copied|error|^fd|^kid")
 _HIGHER = re.compile(r"alignment|agreement|nearest_caption|clip|precision|recall|density|coverage|found|right|restoration|per_second|share|"
                      r"vendi|^is\b|psnr|ssim|wins")
 
