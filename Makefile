@@ -36,8 +36,8 @@ test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist worksteal --ignore tests/test_many.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_many.py  # runs of several processes that time each other: alone
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist worksteal --ignore tests/test_many.py --ignore tests/test_schedulers.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_many.py tests/test_schedulers.py  # runs of several processes that time each other, and a scheduler: alone
 
 slow: $(STAMP)
 	$(BIN)/nbdev_test --n_workers 1 --flags slow
