@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 from hashlib import sha256
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 
 import difflit.recipes
 import difflit.training
+from difflit.checkpoints import list_checkpoints
 from difflit.recipes import prepare, train_job
 from difflit.runs import fail, finish, open_run, rank_and_world
 
@@ -21,12 +23,21 @@ RANK = rank_and_world()[0]
 FORWARD_BACKWARD, SAVE_PREVIEW = difflit.training.forward_backward, difflit.recipes.save_preview
 
 
-def troubled(kind: str, rank: int, step: int, parts: int = 2):
-    """`forward_backward` with an accident in one process at one step."""
+def wait_for_checkpoint(folder: Path, seconds: float = 60) -> None:
+    """Until the folder holds a whole checkpoint: a process that is killed takes with it the one that its thread is writing."""
+    deadline = time.monotonic() + seconds
+    while not list_checkpoints(folder / "checkpoints") and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def troubled(kind: str, rank: int, step: int, parts: int = 2, folder: Path | None = None):
+    """`forward_backward` with an accident in one process at one step; a kill waits until `folder` holds a checkpoint."""
 
     def attempt(state, task, batch, pieces=1, dump=None):
         if RANK != rank or state.step + 1 != step:
             return FORWARD_BACKWARD(state, task, batch, pieces, dump)
+        if kind in ("kill", "stop") and folder:
+            wait_for_checkpoint(folder)
         if kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if kind == "stop":
@@ -70,7 +81,7 @@ def note(job) -> None:
 
 def go(settings: dict, trouble: dict | None = None, stop_after: int | None = None, broken: bool = False, caught: bool = False) -> None:
     """One run from its settings to its end. An error that all processes meet may be caught, for the next run."""
-    difflit.training.forward_backward = troubled(**trouble) if trouble else FORWARD_BACKWARD
+    difflit.training.forward_backward = troubled(**trouble, folder=Path(settings["run_dir"])) if trouble else FORWARD_BACKWARD
     difflit.recipes.save_preview = broken_preview if broken else SAVE_PREVIEW
     run = open_run(settings)
     try:
