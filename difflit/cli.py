@@ -4,17 +4,15 @@
 
 # %% auto #0
 __all__ = ['app', 'PREEMPTED', 'runs', 'shards', 'Paths', 'TarLayout', 'Columns', 'caches', 'Cache', 'parse_parameters',
-           'run_notebook', 'launcher', 'next_report', 'train_command', 'summary', 'runs_command',
-           'runs_compare_command', 'runs_report_command', 'runs_stitch_command', 'runs_archive_command',
-           'runs_unpack_command', 'evaluate_command', 'audit_command', 'sample_command', 'samplers_command',
-           'export_command', 'average_command', 'shards_index_command', 'shards_verify_command',
-           'shards_select_command', 'shards_write_command', 'shards_repack_command', 'shards_stage_command',
-           'cache_fill_command', 'cache_show_command', 'cache_verify_command', 'cache_prune_command',
-           'cache_import_command', 'cache_export_command', 'pull_command', 'new_command', 'presets_command',
-           'submit_command', 'clusters_command', 'search_command', 'main']
+           'launcher', 'train_command', 'summary', 'runs_command', 'runs_compare_command', 'runs_report_command',
+           'runs_stitch_command', 'runs_archive_command', 'runs_unpack_command', 'evaluate_command', 'audit_command',
+           'sample_command', 'samplers_command', 'export_command', 'average_command', 'shards_index_command',
+           'shards_verify_command', 'shards_select_command', 'shards_write_command', 'shards_repack_command',
+           'shards_stage_command', 'cache_fill_command', 'cache_show_command', 'cache_verify_command',
+           'cache_prune_command', 'cache_import_command', 'cache_export_command', 'pull_command', 'new_command',
+           'presets_command', 'submit_command', 'clusters_command', 'search_command', 'main']
 
 # %% ../nbs/89_cli.ipynb #eaf6cac7
-import re
 import shlex
 import shutil
 import sys
@@ -41,7 +39,7 @@ from difflit.config import (
     read_settings,
     resolve,
 )
-from .runs import _choose_path, read_status
+from .runs import _choose_path, next_report, read_status, run_notebook
 
 # %% ../nbs/89_cli.ipynb #11905940
 app = typer.Typer(
@@ -65,18 +63,6 @@ def parse_parameters(
     return given
 
 # %% ../nbs/89_cli.ipynb #73aac2ea
-def run_notebook(
-    name: str,  # such as "train"
-) -> Path:  # a file
-    "The path of a run notebook, of the installed package or the checkout. Raises `SettingsError` if there is none."
-    package = Path(str(files("difflit")))
-    places = (package / "notebooks", package.parent / "nbs")
-    there = {p.stem: p for folder in reversed(places) for p in folder.glob("*.ipynb") if not re.match(r"\d\d_|index$", p.stem)}
-    if name not in there:
-        raise SettingsError(f"there is no run notebook {name!r}; there is {', '.join(sorted(there))}")
-    return there[name]
-
-
 def launcher(
     name: str,  # such as "train_sd.sh"
 ) -> Path:  # a file
@@ -86,15 +72,6 @@ def launcher(
     if name not in there:
         raise SettingsError(f"there is no launcher {name!r}; there is {', '.join(sorted(there))}")
     return there[name]
-
-
-def next_report(
-    run_dir: str | Path,  # a run directory
-) -> Path:  # report.ipynb, or report.1.ipynb … after a resume
-    "A name for a report that overwrites none."
-    run_dir = Path(run_dir)
-    names = [run_dir / "report.ipynb", *(run_dir / f"report.{i}.ipynb" for i in range(1, 10_000))]
-    return next(path for path in names if not path.exists())
 
 # %% ../nbs/89_cli.ipynb #66492292
 PREEMPTED = 75  # EX_TEMPFAIL: "try again later", which Slurm and LSF can be told to requeue by
@@ -123,7 +100,7 @@ def _execute(notebook: str, given: dict[str, Any], cls: type[Settings], usual: s
         raise SettingsError(f"{path} already holds a run ({status['state']}); give -p resume=auto to go on with it, or another run_dir")
     import papermill
 
-    source = Path(notebook) if notebook.endswith(".ipynb") else run_notebook(notebook)
+    source = run_notebook(notebook)
     path.mkdir(parents=True, exist_ok=True)
     report = next_report(path)
     typer.echo(f"Report:  {report}")
@@ -835,7 +812,7 @@ def presets_command() -> None:
 # %% ../nbs/89_cli.ipynb #b14e3933
 def _run_path(notebook: str) -> Path:
     "A run notebook, by path or by name."
-    return Path(notebook) if notebook.endswith(".ipynb") else run_notebook(notebook)
+    return run_notebook(notebook)
 
 
 @app.command("submit")

@@ -35,6 +35,24 @@ def _smallest(rough: Tensor, count: int, block: int = 32) -> tuple[Tensor, Tenso
     value, order = inside.topk(count, largest=False, sorted=False)
     return value, places.gather(1, order)
 
+# %% ../nbs/65_neighbours.ipynb #0b357792
+def _near_blocks(rough: Tensor, limit: Tensor, block: int = 32) -> Tensor:
+    "Which whole blocks of each row hold a value within the row's limit, bool [N, blocks]."
+    blocks = rough.shape[1] // block
+    return rough[:, : blocks * block].unflatten(1, (blocks, block)).amin(2) <= limit[:, None] if blocks else rough.new_zeros(len(rough), 0, dtype=torch.bool)
+
+
+def _within(rough: Tensor, limit: Tensor, near: Tensor, block: int = 32) -> tuple[Tensor, Tensor]:
+    "Rows and columns of the values within the limits, row by row, the columns in order; of whole blocks only the near ones are looked at."
+    whole = near.shape[1] * block
+    rows, chosen = near.nonzero(as_tuple=True)
+    values = rough[:, :whole].unflatten(1, (near.shape[1], block))[rows, chosen] if len(rows) else rough.new_zeros(0, block)
+    hit, inside = (values <= limit[rows, None]).nonzero(as_tuple=True)
+    rest, behind = (rough[:, whole:] <= limit[:, None]).nonzero(as_tuple=True)
+    rows, columns = torch.cat([rows[hit], rest]), torch.cat([chosen[hit] * block + inside, behind + whole])
+    order = rows.argsort(stable=True)
+    return rows[order], columns[order]
+
 # %% ../nbs/65_neighbours.ipynb #cc254889
 @dataclass(frozen=True)
 class Neighbours:
@@ -80,8 +98,8 @@ def _roundoff(device: torch.device) -> float:
     return 2.0**-11 if tf32 else 2.0**-24
 
 
-def _look(search: _Search, piece: Tensor) -> None:
-    "Take one piece of the gallery in."
+def _expand(search: _Search, piece: Tensor) -> tuple[Tensor, Tensor]:
+    "The expansion without the queries' squares, which order nothing, [N, M], and the bound of its rounding, [N]."
     small = torch.empty(len(piece), piece.shape[1] + 1, device=piece.device)
     torch.sub(piece, search.centre, out=small[:, :-1]) if piece.dtype == torch.float32 else small[:, :-1].copy_(piece - search.centre)
     squares = small[:, :-1].square().sum(1)
@@ -89,28 +107,43 @@ def _look(search: _Search, piece: Tensor) -> None:
     if search.room.numel() < len(piece) * len(search.queries):
         search.room = torch.empty(len(piece) * len(search.queries), device=piece.device)  # used again: fresh memory costs more than what is written to it
     rough = search.room[: len(piece) * len(search.queries)].view(len(search.queries), len(piece))
-    torch.mm(search.queries, small.T, out=rough)  # without the queries' squares, which order nothing
-    everyone = torch.arange(len(rough), device=rough.device)
+    torch.mm(search.queries, small.T, out=rough)
     if search.exclude is not None:
-        inside = (search.exclude >= search.at) & (search.exclude < search.at + len(piece))
-        rough[everyone[inside], search.exclude[inside] - search.at] = torch.inf
-    before = search.distance.clone(), search.index.clone()
-    count = min(search.k + 8, len(piece))
-    value, place = _smallest(rough, count)
-    slack = 2 * (piece.shape[1] + 16) * _roundoff(piece.device) * (search.squares + squares.max())
-    promising = (value + search.squares[:, None] - slack[:, None] <= search.distance[:, -1:]) & value.isfinite()
-    place, order = place.sort(1)
-    promising = promising.gather(1, order)
-    rows, columns = promising.nonzero(as_tuple=True)
-    found = torch.full(place.shape, torch.inf, dtype=torch.float64, device=rough.device)
-    found[rows, columns] = search._distances(rows, piece, place[rows, columns])
-    search._keep(everyone, found, place + search.at)
-    missed = value.amax(1) + search.squares - slack <= search.distance[:, -1]  # what was not nominated might be nearer
-    for i in missed.nonzero()[:, 0].tolist() if count < len(piece) else []:
-        search.distance[i], search.index[i] = before[0][i], before[1][i]
+        inside = ((search.exclude >= search.at) & (search.exclude < search.at + len(piece))).nonzero()[:, 0]
+        rough[inside, search.exclude[inside] - search.at] = torch.inf
+    return rough, 2 * (piece.shape[1] + 16) * _roundoff(piece.device) * (search.squares + squares.max())
+
+
+def _nominate(search: _Search, rough: Tensor, slack: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    "Rows and columns of all that could be among the nearest, and the rows for which that is too much to list."
+    most = torch.finfo(rough.dtype).max  # what is excluded is infinite, and larger
+    limit = (search.distance[:, -1].float() - search.squares + slack).clamp(max=most)
+    near, few = _near_blocks(rough, limit), 4 * search.k + 64
+    many = ((near.sum(1) > few) | (limit == most)).nonzero()[:, 0]
+    if len(many) and rough.shape[1] >= search.k:  # those up to the k-th smallest value
+        limit[many] = torch.minimum(limit[many], _smallest(rough[many], search.k)[0].amax(1) + 2 * slack[many]).clamp(max=most)
+        near[many] = _near_blocks(rough[many], limit[many])
+    crowded = near.sum(1) > few
+    near[crowded], limit[crowded] = False, -torch.inf
+    return *_within(rough, limit, near), crowded.nonzero()[:, 0]
+
+
+def _look(search: _Search, piece: Tensor) -> None:
+    "Take one piece of the gallery in."
+    rough, slack = _expand(search, piece)
+    rows, columns, crowded = _nominate(search, rough, slack)
+    if len(rows):
+        hit, counts = rows.unique_consecutive(return_counts=True)
+        turn = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        line = torch.arange(len(hit), device=rows.device).repeat_interleave(counts)
+        found = torch.full((len(hit), int(counts.max())), torch.inf, dtype=torch.float64, device=rows.device)
+        places = torch.full(found.shape, -1, device=rows.device)
+        found[line, turn], places[line, turn] = search._distances(rows, piece, columns), columns + search.at
+        search._keep(hit, found, places)
+    for i in crowded.tolist():  # many equal ones: compared with the whole piece as the distance is defined
         whole = (search.raw[i] - piece).square().sum(1, dtype=torch.float64)
         whole[rough[i].isinf()] = torch.inf
-        search._keep(everyone[i : i + 1], whole[None], search.at + torch.arange(len(piece), device=rough.device)[None])
+        search._keep(crowded[crowded == i], whole[None], search.at + torch.arange(len(piece), device=rough.device)[None])
     search.at += len(piece)
 
 # %% ../nbs/65_neighbours.ipynb #8bf237b1

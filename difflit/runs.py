@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STATES', 'HEARTBEAT_SECONDS', 'DEAD_AFTER_SECONDS', 'environment_record', 'rank_and_world', 'RunError', 'read_status',
-           'Run', 'finish', 'fail', 'open_run', 'skip_later_cells', 'open_notebook_run', 'list_runs']
+           'Run', 'finish', 'fail', 'open_run', 'skip_later_cells', 'open_notebook_run', 'run_notebook', 'next_report',
+           'list_runs']
 
 # %% ../nbs/03_runs.ipynb #82ee0cfe
 import atexit
@@ -12,6 +13,7 @@ import contextlib
 import logging
 import os
 import platform
+import re
 import signal
 import socket
 import subprocess
@@ -22,10 +24,12 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime
 from functools import partial
 from importlib import metadata
+from importlib.resources import files
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from .config import Settings, SettingsError, TrainSettings, _plain, notebook_parameters, resolve, settings_yaml, what_is_given
+from .config import Settings, SettingsError, TrainSettings, _plain, nearest, notebook_parameters, resolve, settings_yaml, what_is_given
 from .files import atomic_write, read_json, write_json
 
 # %% ../nbs/03_runs.ipynb #3c541752
@@ -479,6 +483,28 @@ def open_notebook_run(
             shell.input_transformers_cleanup.remove(old)
         shell.input_transformers_cleanup.append(partial(_cell_of, run))
     return run
+
+# %% ../nbs/03_runs.ipynb #b05bbd9c
+def run_notebook(
+    name: str,  # such as "train", or a path that ends with .ipynb
+) -> Path:  # a file
+    "The path of a run notebook, of the installed package or the checkout. Raises `SettingsError` if there is none of that name."
+    if name.endswith(".ipynb"):
+        return Path(name)
+    package = Path(str(files("difflit")))
+    places = (package.parent / "nbs", package / "notebooks")
+    there = {p.stem: p for folder in places for p in folder.glob("*.ipynb") if not re.match(r"\d\d_|index$", p.stem)}
+    if name not in there:
+        raise SettingsError(f"there is no run notebook {name!r}{nearest(name, there)}; there is {', '.join(sorted(there))}")
+    return there[name]
+
+
+def next_report(
+    run_dir: str | Path,  # a run directory
+) -> Path:  # report.ipynb, or report.1.ipynb … after a resume
+    "A name for a report that overwrites none."
+    names = chain(["report.ipynb"], (f"report.{i}.ipynb" for i in count(1)))
+    return next(path for path in (Path(run_dir) / name for name in names) if not path.exists())
 
 # %% ../nbs/03_runs.ipynb #7bac5226
 def list_runs(
