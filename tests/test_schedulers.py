@@ -242,9 +242,9 @@ def test_slurm_would_refuse(slurm, tmp_path, toy):  # noqa: F811
 def test_slurm_warns_before_the_time_limit(slurm, tmp_path, micro):  # noqa: F811
     """Slurm's own clock: a limit of a minute, told 15 s before. The same run in the end as without a limit."""
     whole = spec_of(tmp_path / "whole", micro, "slurm", launch={"steps": 120})
-    spec = spec_of(tmp_path / "limited", micro, "slurm", launch={"steps": 120, "pause": 110}, time="1m")
+    spec = spec_of(tmp_path / "limited", micro, "slurm", launch={"steps": 120, "pause": 80}, time="1m")
     first, job = submit(whole), submit(spec)
-    assert slurm.end(job, 400) == slurm.end(first) == "COMPLETED", logs(spec)
+    assert slurm.end(job, 600) == slurm.end(first) == "COMPLETED", logs(spec)
     assert int((spec.runs[0] / "requeues").read_text()) >= 1 and state(spec.runs[0])[0] == "done"
     assert_same(whole.runs[0], spec.runs[0])
 
