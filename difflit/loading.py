@@ -29,7 +29,22 @@ from torch import Tensor
 import difflit.sources  # noqa: F401  the built-in sources register themselves
 from .augmentation import Augmentation, Cut, cut_labels, cut_picture, draw, nearest_bucket, prepare, prepare_cut
 from .config import nearest
-from .data import SOURCES, UNKNOWN, Column, DamagedSample, DataError, Encode, Encoded, MissingColumn, Sample, Skipped, Source, _numbers, assemble, parse_columns
+from difflit.data import (
+    SOURCES,
+    UNKNOWN,
+    Column,
+    DamagedSample,
+    DataError,
+    Encode,
+    Encoded,
+    MissingColumn,
+    Sample,
+    Skipped,
+    Source,
+    _numbers,
+    assemble,
+    parse_columns,
+)
 from .decoding import pick_decoder
 from .files import digest_bytes
 from .folders import IMAGE_SUFFIXES, FolderSource

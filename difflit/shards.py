@@ -695,6 +695,7 @@ class _Collector:
         self.problems: list[tuple[int, str, str, str]] = []  # offset, key, kind, detail
         self.others: dict[str, int] = {}
         self.last: _Group | None = None
+        self.last_key = ""
 
     def place(self, raw: bytes) -> tuple[str, str, str, int, bool] | None:
         "Key, ending, role, rank and looseness of a file that may belong to a sample."
@@ -725,9 +726,9 @@ def _take(shelf: _Collector, member: _Member) -> None:
     group = shelf.groups.get(key)
     if group is None:
         group = shelf.groups[key] = _Group(member.start, loose)
-    elif group is not shelf.last:
+    elif group is not shelf.last and not shelf.last_key.startswith(key + "."):  # 17.seg.png lies between 17.jpg and 17.txt
         group.apart = True
-    shelf.last = group
+    shelf.last, shelf.last_key = group, key
     fault = _fault(member, key)
     if fault is not None:
         group.blame(member.start, *fault)
@@ -1289,7 +1290,7 @@ def _read_with_metadata(index: _Mapped, file: Any, row: int, offset: int, size: 
     except ValueError as error:
         raise DamagedSample(f"{index.shards[index.columns['shard'][row]].name}: row {row}: its metadata is not what was indexed: {error}") from None
 
-# %% ../nbs/15_shards.ipynb #8c9a37cf
+# %% ../nbs/15_shards.ipynb #079763b9
 _SURELY = 2**30  # bytes between two pictures of which no sample needs as many
 
 
