@@ -338,7 +338,7 @@ def _read(source: Source, index: int) -> Sample | Encoded:
     except Exception as error:  # a source that makes its pictures can raise anything
         raise _Bad("", str(error) or type(error).__name__) from error
 
-# %% ../nbs/17_loading.ipynb #c4c0909a
+# %% ../nbs/17_loading.ipynb #b890a0dd
 def _numbers_fit(values: Any, column: Column, names: Sequence[str]) -> None:
     "Refuse numbers of classes that do not exist. Raises `DamagedSample`."
     low, high = int(np.min(values)), int(np.max(np.where(np.asarray(values) == UNKNOWN, 0, values)) if column.kind == "labels" else np.max(values))

@@ -1078,11 +1078,11 @@ class _Known(Source):
         about = {"rules": str(parse_rules(self.where)), "split": self.split, "samples": len(self), "digest": self.selection.digest}
         return {**self.index.describe(), "(selection)": about}
 
-# %% ../nbs/16_selection.ipynb #be48baa9
+# %% ../nbs/16_selection.ipynb #0adc4608
 def _of_tar(column: Column, said: Mapping[str, Any], files: Mapping[str, bytes], names: Sequence[str], id: str) -> Image.Image | int | float:
     "One column."
     endings = [column.key, *(f"{column.key}{e}" for e in (".png", *IMAGE_SUFFIXES))]
-    found = next((files[e] for e in endings if e in files), None)
+    found: Any = next((files[e] for e in endings if e in files), None)
     if column.kind == "number" and (column.key in said or found is None):
         values: dict[str, Any] = {**{name: None for name in files}, **said}
         found = values.get(column.key)
