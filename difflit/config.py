@@ -119,6 +119,7 @@ class DataSettings(RunSettings):
     unique: Literal["none", "exact", "near"] = Field("none", description="of tars: leave out copies of a picture, exact or nearly so")
     layout: str = Field("auto", description="of tars: auto, laion, alamy, synthetic, or endings such as jpg;png,txt,json")
     columns: str = Field("", description="of tars: further keys of the JSON metadata to index, comma between, for select and balance")
+    extras: str | None = Field(None, description="what a sample has besides, for tasks that learn it: segmentation, label, control: depth.png (picture)")
     stage_dir: str | None = Field(None, description="of tars: copy them into this folder on the node's own disk first")
     balance: str = Field("", description="metadata key whose classes are drawn equally often, or in the shares written behind it")
     class_weights: str = Field("", description="metadata key whose rare classes count more in the loss; behind a colon beta (0.999)")

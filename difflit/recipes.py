@@ -564,20 +564,20 @@ def make_loader(
         lengths = {name: encoder.length for name, encoder in tokenizer.encoders.text.items()}
         return CachedLoader(source, batch_size=s.batch_size, seed=s.seed, position=state.position, uncond_p=s.uncond_p, workers=ahead, pin=on_gpu,
                             encode=tokenizer.tokens if tokenizer.training else None, lengths=lengths, drop_last=s.drop_last, block=s.block, balance=s.balance,
-                            class_weights=s.class_weights)
+                            class_weights=s.class_weights, columns=s.extras or ())
     if isinstance(source, Glimpse):
         return _make_stream(run, source, tokenizer, on_gpu)
     buckets = aspect_buckets(s.image_size) if s.buckets else []
     return Loader(source, batch_size=s.batch_size, image_size=s.image_size, seed=s.seed, position=state.position, uncond_p=s.uncond_p,
                   encode=tokenizer, workers=_workers(s, on_gpu), flip=s.flip, crop=s.crop, jitter=s.jitter, trim=s.trim, buckets=buckets,
                   drop_last=s.drop_last, block=s.block, balance=s.balance, class_weights=s.class_weights, bad_samples=s.bad_samples,
-                  on_bad=partial(_note_damaged, run), decoder=s.decoder, raw=on_gpu)
+                  on_bad=partial(_note_damaged, run), decoder=s.decoder, raw=on_gpu, columns=s.extras or ())
 
 # %% ../nbs/71_recipes.ipynb #b5d3aa40
 def _make_stream(run: Run, source: Glimpse, tokenizer: Tokenizer, on_gpu: bool) -> StreamLoader:
     "The loader of a run that reads a stream. Raises `SettingsError` on settings that need an index."
     s = run.settings
-    for name in ("balance", "buckets", "drop_last", "block", "stage_dir", "limit"):
+    for name in ("balance", "buckets", "drop_last", "block", "stage_dir", "limit", "extras"):
         if getattr(s, name):
             raise SettingsError(f"{name}={getattr(s, name)!r} needs an index, and data={s.data!r} is a stream: index the tars, or leave it away")
     if s.unique == "near":
