@@ -433,7 +433,7 @@ class LatentDiffusion(TextToImage):
         loss = loss_weight(self.diffusion, times, self.min_snr_gamma) * raw
         return self._judged(batch, times, noised, answer, target, loss, raw, purpose)
 
-# %% ../nbs/48_tasks.ipynb #5b50e7f6
+# %% ../nbs/48_tasks.ipynb #561db048
 class _AsItIs:
     "A process without noise: an answer is the picture itself, and all of it is signal."
 
@@ -493,7 +493,7 @@ class Autoencoding:
         "The loss with the posterior's mean, and each part's metric, over all batches."
         return _coding_numbers(self, model, batches)
 
-# %% ../nbs/48_tasks.ipynb #3fcef0ee
+# %% ../nbs/48_tasks.ipynb #1eebffe3
 def _coder_config(model: nn.Module) -> Any:
     "The configuration of an autoencoder, through whatever processes have wrapped around it."
     return getattr(getattr(model, "_orig_mod", model), "module", getattr(model, "_orig_mod", model)).config
@@ -512,7 +512,7 @@ def column_of(
 
 def _coded(task: Autoencoding, out: Mapping[str, Tensor], batch: Mapping[str, Any], config: Any, training: bool = True) -> TaskLoss:
     "The parts of the loss, and their sum."
-    from difflit.autoencoder import check_labels, gaussian_kl, head_loss  # brings diffusers, which few tasks need
+    from difflit.autoencoder import check_classes, gaussian_kl, head_loss  # brings diffusers, which few tasks need
 
     image, made = batch["image"].float(), out["image"].float()
     rgb, pixels = RGB_LOSSES[task.rgb](made, image), image[0].numel()
@@ -528,12 +528,12 @@ def _coded(task: Autoencoding, out: Mapping[str, Tensor], batch: Mapping[str, An
     for name, weight in task.heads.items():
         logits, labels = out[f"head.{name}"], column_of(batch, name)
         if labels.device.type == "cpu":
-            check_labels(labels, logits.shape[1], name, batch.get("id", ()))
+            check_classes(labels, logits.shape[1], name, batch.get("id", ()))
         parts[f"loss_{name}"] = (each := head_loss(logits, labels)).detach()
         loss = loss + weight * each
     return TaskLoss(loss, mse(made, image).detach(), None, parts)
 
-# %% ../nbs/48_tasks.ipynb #9d936f84
+# %% ../nbs/48_tasks.ipynb #67abf7ff
 @torch.no_grad()
 def _coding_numbers(task: Autoencoding, model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     "Means over all samples, and the heads' metrics over all counts."
