@@ -11,10 +11,12 @@ import hashlib
 import io
 import json
 import os
+import re
 import unicodedata
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,7 +25,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from xxhash import xxh3_64_intdigest
 
-from .data import DataError, Encoded, Sample, Skipped, Source, check_split, upright_rgb
+from .data import Column, DataError, Encoded, MissingColumn, Sample, Skipped, Source, beside, check_split, inside_folder, read_beside, upright_rgb
 from .files import digest_bytes
 
 # %% ../nbs/11_folders.ipynb #11db4a6a
@@ -56,6 +58,7 @@ def walk(
 # %% ../nbs/11_folders.ipynb #61482bcb
 TABLES = ("captions.json", "metadata.jsonl", "metadata.csv")
 _FILE_KEYS, _CAPTION_KEYS = ("file_name", "image", "file", "path", "filename"), ("caption", "captions", "text", "prompt")
+_KNOWN_KEYS = {*_FILE_KEYS, *_CAPTION_KEYS, "split"}
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class Row:
     captions: tuple[str, ...]  # the first counts
     split: str | None  # as written
     where: str  # which row, for messages
+    said: dict[str, Any] = field(default_factory=dict)  # its other columns
 
 
 def _texts(value: Any) -> tuple[str, ...]:
@@ -83,7 +87,8 @@ def _row(record: Any, where: str) -> Row | Skipped:
     if not file:
         return Skipped(where, f"no file name under any of {', '.join(_FILE_KEYS)}")
     split = record.get("split")
-    return Row(file, captions, str(split) if split else None, where)
+    others = {k: v for k, v in record.items() if k not in _KNOWN_KEYS and isinstance(v, (str, int, float)) and v != ""}
+    return Row(file, captions, str(split) if split else None, where, others)
 
 # %% ../nbs/11_folders.ipynb #fefaedcc
 def _json_records(content: Any, name: str) -> list[tuple[Any, str]]:
@@ -173,6 +178,7 @@ class Entry:
     captions: tuple[str, ...]  # the first counts
     split: str  # train, validation or test
     look: Look
+    said: dict[str, Any] = field(default_factory=dict)  # a table's other columns; files are named from the folder's top
 
 
 _SPLIT_NAMES = {"train": "train", "training": "train", "test": "test"} | dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
@@ -187,6 +193,11 @@ def _twin(root: Path, name: str, files: set[str]) -> tuple[str, ...] | str:
         return _texts((root / twin).read_text(encoding="utf-8-sig")) or f"its caption {PurePosixPath(twin).name} is empty"
     except UnicodeDecodeError as error:
         return f"its caption {PurePosixPath(twin).name} is not UTF-8 (byte {error.start})"
+
+
+def _from_top(said: dict[str, Any], place: PurePosixPath) -> dict[str, Any]:
+    "A row's columns, in which files that are named from the table's folder are named from the top."
+    return {k: os.path.normpath((place / v).as_posix()) if isinstance(v, str) and v.lower().endswith(IMAGE_SUFFIXES) else v for k, v in said.items()}
 
 
 def _tabled(root: Path, files: set[str]) -> tuple[dict[str, Row], list[Skipped]]:
@@ -207,8 +218,8 @@ def _tabled(root: Path, files: set[str]) -> tuple[dict[str, Row], list[Skipped]]
             elif row.split and row.split.lower() not in _SPLIT_NAMES:
                 bad.append(Skipped(where, f"unknown split {row.split!r}; known are {', '.join(_SPLIT_NAMES)}"))
             else:
-                before = found[name].captions if name in found else ()
-                found[name] = replace(row, captions=before + row.captions)
+                before = found[name] if name in found else replace(row, captions=(), said={})
+                found[name] = replace(row, captions=before.captions + row.captions, said=before.said | _from_top(row.said, place))
     return found, bad
 
 # %% ../nbs/11_folders.ipynb #82f17aae
@@ -224,7 +235,13 @@ def _hold_out(entries: list[Entry]) -> list[Entry]:
 
 def _metadata(entry: Entry) -> dict[str, Any]:
     "What a folder knows of a picture besides its caption."
-    return {"captions": entry.captions, "width": entry.look.width, "height": entry.look.height, "mode": entry.look.mode}
+    return {**entry.said, "captions": entry.captions, "width": entry.look.width, "height": entry.look.height, "mode": entry.look.mode}
+
+
+def _belongs(name: str, bases: set[str]) -> bool:
+    "Whether a picture without caption is the twin of one that has a caption: cat.depth.png beside cat.jpg."
+    base, _, ending = PurePosixPath(name).with_suffix("").as_posix().rpartition(".")
+    return base in bases and "/" not in ending and not ending.isdigit()
 
 
 @lru_cache(maxsize=4)
@@ -238,8 +255,9 @@ def _index(root: Path, stamp: str) -> tuple[tuple[Entry, ...], tuple[Skipped, ..
     stems = {PurePosixPath(p).with_suffix("").as_posix() for p in pictures}
     skipped += [Skipped(n, "a caption without its picture") for n in names if n.lower().endswith(".txt") and n[:-4] not in stems]
     captions = {p: tabled[p].captions or "its row in the table has no caption" if p in tabled else _twin(root, p, files) for p in pictures}
-    skipped += [Skipped(p, c) for p, c in captions.items() if isinstance(c, str)]
     wanted = [p for p, c in captions.items() if not isinstance(c, str)]
+    bases, named = {PurePosixPath(p).with_suffix("").as_posix() for p in wanted}, {v for row in tabled.values() for v in row.said.values()}
+    skipped += [Skipped(p, c) for p, c in captions.items() if isinstance(c, str) and p not in named and not _belongs(p, bases)]
     with warnings.catch_warnings(), ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
         warnings.simplefilter("ignore")  # Pillow warns of bombs and odd metadata; bombs are refused, the rest does no harm
         looks = list(pool.map(lambda p: inspect_image(root / p), wanted))
@@ -250,7 +268,7 @@ def _index(root: Path, stamp: str) -> tuple[tuple[Entry, ...], tuple[Skipped, ..
         if look.why:
             skipped.append(Skipped(p, look.why))
         else:
-            entries.append(Entry(p, captions[p], split, look))  # type: ignore[arg-type]
+            entries.append(Entry(p, captions[p], split, look, tabled[p].said if p in tabled else {}))  # type: ignore[arg-type]
     return tuple(_hold_out(entries)), tuple(sorted(skipped, key=lambda s: s.where)), len(names)
 
 # %% ../nbs/11_folders.ipynb #ab85c8c0
@@ -292,8 +310,62 @@ class _Entries(Source):
     def digest(self) -> str:
         return digest_bytes("\n".join(f"{e.id} {e.look.digest} {e.captions}" for e in self.entries))
 
+# %% ../nbs/11_folders.ipynb #477429ef
+_NUMBER = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*")
+
+
+def _written_classes(root: Path, name: str) -> list[str]:
+    "The names of a column's classes from classes.json, if they are there."
+    if not (path := root / "classes.json").is_file():
+        return []
+    try:
+        said = json.loads(path.read_text(encoding="utf-8-sig"))
+        names = said.get(name, [])
+        if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+            raise ValueError(f"{name!r} is no list of names")
+        return names
+    except (ValueError, AttributeError) as error:
+        raise DataError(f'{path.name} cannot be read: {error}; it should look like {{"segmentation": ["sky", "tree"]}}') from None
+
+
+class _Columns(_Entries):
+    "What lies beside a folder's pictures."
+
+    _all: tuple[Entry, ...]  # of all splits
+    _files: frozenset[str]
+    _names: dict[Column, list[str]]
+
+    def _twin_of(self, name: str, key: str) -> str | None:
+        "The file beside a picture that has its name and a further ending."
+        base = PurePosixPath(name).with_suffix("").as_posix()
+        endings = [""] if key.lower().endswith(IMAGE_SUFFIXES) else [".png", *IMAGE_SUFFIXES]
+        return next((f for e in endings if (f := f"{base}.{key}{e}") in self._files), None)
+
+    def extras(self, index: int, columns: Sequence[Column]) -> dict[str, Image.Image | int | float]:
+        entry = self.entries[self._checked(index)]
+        return {c.name: self._extra(entry, c) for c in columns}
+
+    def _extra(self, entry: Entry, column: Column) -> Image.Image | int | float:
+        try:
+            if column.kind != "number" and column.key not in entry.said and (twin := self._twin_of(entry.id, column.key)):
+                return read_beside(inside_folder(self.root, twin).read_bytes(), column.kind)
+            return beside(_metadata(entry), column, self.root, self.class_names(column))
+        except MissingColumn as error:
+            base = PurePosixPath(entry.id).with_suffix("").name
+            beside_it = sorted(PurePosixPath(f).name for f in self._files if f.rpartition("/")[2].startswith(f"{base}.") and f != entry.id)[:8]
+            raise MissingColumn(f"{entry.id}: {error}; and beside it lie {', '.join(beside_it) or 'no files of its name'}") from None
+
+    def class_names(self, column: Column) -> list[str]:
+        "Raises `DataError` if `classes.json` cannot be read."
+        if column not in self._names:
+            said = [e.said.get(column.key) for e in self._all] if column.kind == "number" else []
+            words = {v for v in said if isinstance(v, str)}
+            numbers = any(isinstance(v, (int, float)) for v in said) or any(_NUMBER.fullmatch(w) for w in words)
+            self._names[column] = _written_classes(self.root, column.name) or ([] if numbers else sorted(words))
+        return self._names[column]
+
 # %% ../nbs/11_folders.ipynb #693f2dfb
-class FolderSource(_Entries):
+class FolderSource(_Columns):
     "A tree of images with captions in `.txt` twins, `captions.json`, `metadata.jsonl` or `metadata.csv`."
 
     name = "folder"
@@ -314,7 +386,7 @@ class FolderSource(_Entries):
         stats = [(n, (self.root / n).stat()) for n in walk(self.root)[0]]
         stamp = digest_bytes(repr([(n, s.st_size, s.st_mtime_ns) for n, s in stats]))
         entries, skipped, count = _index(self.root.resolve(), stamp)
-        self.skipped = list(skipped)
+        self.skipped, self._all, self._files, self._names = list(skipped), entries, frozenset(n for n, _ in stats), {}
         chosen = [e for e in entries if e.split == split]
         self.entries = sorted(sorted(chosen, key=lambda e: digest_bytes(e.id))[:limit], key=lambda e: e.id)
         if not self.entries:

@@ -217,7 +217,7 @@ def render_scene(
         pixels[top : top + h, left : left + w] += patch
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
-# %% ../nbs/12_sources.ipynb #57bc0d3e
+# %% ../nbs/12_sources.ipynb #47467b7f
 _LAYOUT = np.array([(0, 0, 0), (230, 60, 60), (60, 120, 230), (70, 190, 80), (240, 200, 60), (170, 80, 200)], np.uint8)
 
 
@@ -288,12 +288,12 @@ def draw_scene(
         if scene_split(scene) == split:
             return scene
 
-# %% ../nbs/12_sources.ipynb #af99ff06
+# %% ../nbs/12_sources.ipynb #81fa87ed
 def _made(name: str, column: Column, makers: Mapping[tuple[str, str], Callable[[], Any]]) -> Any:
     "A column's value from a table of (kind, key). Raises `MissingColumn` with what the table has."
     if (maker := makers.get((column.kind, column.key))) is None:
         known = ", ".join(f"{key}:{kind}" for kind, key in makers)
-        raise MissingColumn(f"{name} have no column {column.key!r} of the kind {column.kind!r}; they have {known}")
+        raise MissingColumn(f"no {column.key!r} of the kind {column.kind!r} for the column {column.name!r}; {name} have {known}")
     return maker()
 
 
@@ -507,7 +507,7 @@ def spread(
         away = np.minimum(away, ((points - points[picked[-1]]) ** 2).sum(1))
     return picked
 
-# %% ../nbs/12_sources.ipynb #0c4dd46a
+# %% ../nbs/12_sources.ipynb #403888c7
 _BLOCKS = {0: "signs", 0x2600: "miscellaneous symbols", 0x2700: "dingbats", 0x2900: "arrows and squares", 0x1F000: "enclosed characters",
            0x1F300: "symbols and pictographs", 0x1F600: "emoticons", 0x1F680: "transport and maps", 0x1F700: "coloured shapes",
            0x1F900: "supplemental pictographs", 0x1FA00: "extended pictographs"}
