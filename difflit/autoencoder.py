@@ -8,7 +8,7 @@ __all__ = ['ATTENTION', 'AUTOENCODERS', 'kl_config', 'named_config', 'Autoencode
            'class_ious', 'mean_iou', 'hit_rate', 'Confusion', 'LatentStatistics', 'scaling_of', 'statistics_card',
            'measure_latents', 'save_autoencoder', 'colour_map', 'reconstructions']
 
-# %% ../nbs/25_autoencoder.ipynb #f50c7306
+# %% ../nbs/25_autoencoder.ipynb #7a9f31f8
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from .config import SettingsError, nearest
 from .data import UNKNOWN
 from .files import atomic_directory, write_json
 
-# %% ../nbs/25_autoencoder.ipynb #53231e08
+# %% ../nbs/25_autoencoder.ipynb #5dba53ff
 ATTENTION = ("none", "middle", "deep")
 
 
@@ -52,9 +52,9 @@ def kl_config(
             "up_block_types": ["AttnUpDecoderBlock2D" if deep else "UpDecoderBlock2D", *plain[1]],
             "mid_block_add_attention": attention != "none", "act_fn": "silu", "scaling_factor": 1.0}
 
-# %% ../nbs/25_autoencoder.ipynb #b7e27b9c
+# %% ../nbs/25_autoencoder.ipynb #c73bcf2d
 AUTOENCODERS: dict[str, dict[str, Any]] = {
-    "autoencoder-tiny": {"channels": 16, "multipliers": (1, 2, 4), "blocks": 1, "latent_channels": 4, "attention": "none"},
+    "autoencoder-tiny": {"channels": 16, "multipliers": (1, 2, 2), "blocks": 1, "latent_channels": 4, "attention": "none"},
     "autoencoder-sd": {"channels": 128, "multipliers": (1, 2, 4, 4), "blocks": 2, "latent_channels": 4, "attention": "middle"},
 }
 
@@ -68,7 +68,7 @@ def named_config(
         raise SettingsError(f"there is no autoencoder {name!r}{nearest(name, AUTOENCODERS)}; one that lies in a folder is named by init_from")
     return kl_config(**{**AUTOENCODERS[name], **{key: value for key, value in changes.items() if value is not None}})
 
-# %% ../nbs/25_autoencoder.ipynb #346e90a1
+# %% ../nbs/25_autoencoder.ipynb #5946c017
 @dataclass(frozen=True)
 class AutoencoderConfig:
     "Every number that shapes a `TrainableAutoencoder`. Raises `SettingsError` where they make no sense."
@@ -95,7 +95,7 @@ class AutoencoderConfig:
         "C, of a latent."
         return int(self.vae["latent_channels"])
 
-# %% ../nbs/25_autoencoder.ipynb #11e6bb25
+# %% ../nbs/25_autoencoder.ipynb #62de03c1
 class ClassHead(nn.Module):
     "Latents to a class of the whole picture."
 
@@ -123,7 +123,7 @@ def _head(config: AutoencoderConfig, head: Mapping[str, Any]) -> nn.Module:
         return nn.Conv2d(config.vae["block_out_channels"][0], head["classes"], 1)
     return ClassHead(config.channels, head["classes"])
 
-# %% ../nbs/25_autoencoder.ipynb #86e30db2
+# %% ../nbs/25_autoencoder.ipynb #8c72874c
 class TrainableAutoencoder(nn.Module):
     "diffusers' AutoencoderKL with heads. Sources: Kingma & Welling 2014; Rombach et al. 2022, section 3.1."
 
@@ -165,7 +165,7 @@ class TrainableAutoencoder(nn.Module):
         return {"image": pictures, "moments": moments, "latents": latents,
                 **{f"head.{name}": head(seen[self.config.heads[name]["kind"]]) for name, head in self.heads.items()}}
 
-# %% ../nbs/25_autoencoder.ipynb #356c98ef
+# %% ../nbs/25_autoencoder.ipynb #d34132e7
 def draw_latents(
     moments: Tensor,  # mean and log variance, [B, 2C, h, w]
     channels: int,  # C
@@ -209,7 +209,7 @@ def create_autoencoder(
         model.vae.enable_gradient_checkpointing()
     return model.to(memory_format=torch.channels_last).train()
 
-# %% ../nbs/25_autoencoder.ipynb #6fff9da0
+# %% ../nbs/25_autoencoder.ipynb #fe875943
 def gaussian_kl(
     moments: Tensor,  # mean and log variance, [B, 2C, h, w]
     channels: int,  # C
@@ -219,7 +219,7 @@ def gaussian_kl(
     log_variance = log_variance.clamp(-30.0, 20.0)
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).flatten(1).sum(1)
 
-# %% ../nbs/25_autoencoder.ipynb #56553fa8
+# %% ../nbs/25_autoencoder.ipynb #3d36c67c
 def head_loss(
     logits: Tensor,  # [B, K, …]
     labels: Tensor,  # int64 [B, …]: 0…K−1, or `UNKNOWN` in a map
@@ -248,7 +248,7 @@ def check_classes(
         raise SettingsError(f"the column {column!r} has the class {value}{who}, and its head knows {classes}: 0…{classes - 1}{unknown}; "
                             f"say how many there are, as in heads: {column}:{max(value, classes) + 1}=1")
 
-# %% ../nbs/25_autoencoder.ipynb #8f17d6cb
+# %% ../nbs/25_autoencoder.ipynb #07854df0
 def confusions(
     predicted: Tensor,  # int64 [B, …], 0…K−1
     truth: Tensor,  # int64 [B, …], 0…K−1, or `UNKNOWN` in a map
@@ -282,7 +282,7 @@ def hit_rate(
     "Share that was called rightly: pixel accuracy of maps, accuracy of pictures."
     return matrix.diagonal(dim1=-2, dim2=-1).double().sum(-1) / matrix.double().sum((-2, -1))
 
-# %% ../nbs/25_autoencoder.ipynb #72608167
+# %% ../nbs/25_autoencoder.ipynb #45267720
 class Confusion:
     "Counts that grow batch by batch, whatever the number of batches."
 
@@ -301,7 +301,7 @@ class Confusion:
         self.matrix += confusions(predicted, truth, self.classes).sum(0).cpu()
         return self
 
-# %% ../nbs/25_autoencoder.ipynb #a364c13c
+# %% ../nbs/25_autoencoder.ipynb #95a44bdd
 class LatentStatistics:
     "Mean and deviation of latents, gathered batch by batch in float64. Source: Chan et al. 1979, eq. 1.5."
 
@@ -356,7 +356,7 @@ class LatentStatistics:
         "Mean and deviation over all channels."
         return float(self.mean.mean()), float((self.deviation.square().mean() + self.mean.var(unbiased=False)).sqrt())
 
-# %% ../nbs/25_autoencoder.ipynb #277adc01
+# %% ../nbs/25_autoencoder.ipynb #16c1c8f1
 def scaling_of(
     statistics: LatentStatistics,  # of the data
 ) -> float:  # s, what latents are multiplied with before diffusion
@@ -388,7 +388,7 @@ def measure_latents(
         statistics.add(model.encode(batch["image"].to(device)), batch.get("id", ()))
     return statistics
 
-# %% ../nbs/25_autoencoder.ipynb #a30c2a44
+# %% ../nbs/25_autoencoder.ipynb #3af10d1f
 def save_autoencoder(
     folder: str | Path,  # what stood there is replaced when all is written
     model: TrainableAutoencoder,  # whose autoencoder is written, without heads
@@ -408,7 +408,7 @@ def save_autoencoder(
         write_json(place / "difflit.json", {"statistics": statistics_card(statistics), "variational": model.config.variational, **about})
     return Path(folder)
 
-# %% ../nbs/25_autoencoder.ipynb #19c61b37
+# %% ../nbs/25_autoencoder.ipynb #8a110e96
 _COLOURS = (
     (-0.9, -0.9, -0.9), (0.8, -0.7, -0.6), (-0.4, 0.4, -0.4), (-0.5, -0.2, 0.8), (0.9, 0.6, -0.6), (0.4, -0.5, 0.6), (-0.4, 0.6, 0.9), (0.9, 0.1, -0.8),
     (0.7, 0.7, 0.7),
