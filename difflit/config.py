@@ -251,7 +251,7 @@ class SurvivalSettings(OptimizerSettings):
         "tensorboard", description="where metrics go besides metrics.csv, comma between: tensorboard, jsonl, wandb, prometheus, none")
     statistics_every_steps: int = Field(10, ge=0, description="gradient and weight norms by part of the network; 0: never")
 
-# %% ../nbs/00_config.ipynb #2e91af17
+# %% ../nbs/00_config.ipynb #33a2104b
 class AutoencoderSettings(SurvivalSettings):
     "Autoencoders: size, losses, heads."
 
@@ -538,14 +538,14 @@ def sd15_t5_sdxlvae() -> dict:
     `papermill nbs/train.ipynb out.ipynb -p preset sd15-t5-sdxlvae -p data my_pictures`; a GPU. `-p init_from scratch` starts from nothing."""
     return {**_LATENT, "vae": "sdxl-vae", "text_encoder": "t5-xxl", "epochs": 100, "lr": 1e-4, "weight_decay": 0.1, "clip_norm": 0.5}
 
-# %% ../nbs/00_config.ipynb #12434945
+# %% ../nbs/00_config.ipynb #fab8ccda
 @preset
 def autoencoder_tiny() -> dict:
     """An autoencoder for latents of one's own: drawn scenes, their segmentation and class.
 
     `papermill nbs/train.ipynb out.ipynb -p preset autoencoder-tiny -p run_dir runs/my-autoencoder`; @@MEASURED@@"""
-    return dict(data="shapes", limit=16384, model="autoencoder-tiny", heads="segmentation=0.1, label=0.01", steps=1500, batch_size=32, uncond_p=0.0,
-                lr_scales="all=1", ema_decay=0.995, keep_best=1, score_images=512)
+    return dict(data="shapes", limit=8192, model="autoencoder-tiny", heads="segmentation=0.3, label=0.03", steps=600, batch_size=32, uncond_p=0.0, lr=4e-3,
+                lr_scales="all=1", ema_decay=0.99, keep_best=1, score_images=256)
 
 # %% ../nbs/00_config.ipynb #f82d678b
 def _complaint(error: ValidationError, cls: type[Settings]) -> str:
