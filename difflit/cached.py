@@ -26,13 +26,13 @@ from PIL import Image
 from torch import Tensor
 from xxhash import xxh3_64_intdigest
 
-from .augmentation import nearest_bucket
+from .augmentation import Augmentation, cut_of, nearest_bucket
 from .caching import CacheError, Store, caption_keys, with_variant
-from .data import DamagedSample, DataError, Encoded, Sample, Skipped, Source, upright_rgb
+from .data import Column, DamagedSample, DataError, Encoded, MissingColumn, Sample, Skipped, Source, _numbers, parse_columns, upright_rgb
 from .files import atomic_directory, digest_bytes, read_json, write_json
-from .loading import MixedSource, differences, dropped, make_order, sample_weights
+from .loading import MixedSource, _look_beside, differences, dropped, make_order, sample_weights
 from .ordering import Buckets, Epochs, Mixture, Order, Subset
-from .randomness import integers
+from .randomness import integers, uniform
 from .runs import rank_and_world
 
 # %% ../nbs/22_cached.ipynb #9627c459
@@ -252,6 +252,10 @@ class TableSource(Source):
     def __getitem__(self, index: int) -> Sample:
         raise DataError(f"{self.table.ids[self._checked(index)]}: the pictures of {self.table.about['data']} are not here, only their latents")
 
+    def extras(self, index: int, columns: Sequence[Column]) -> dict[str, Image.Image | int | float]:
+        raise MissingColumn(f"the column {columns[0].name!r} is read beside the pictures, and of {self.table.about['data']} only latents are here: "
+                            f"name the data themselves, as data={self.table.about['data']}")
+
     def ids(self) -> list[str]:
         return list(self.table.ids[: len(self)])
 
@@ -322,6 +326,12 @@ class _Joined(Source):
     def encoded(self, index: int, metadata: bool = True) -> Encoded | None:
         return self.source.encoded(int(self.kept[self._checked(index)]), metadata)
 
+    def extras(self, index: int, columns: Sequence[Column]) -> dict[str, Image.Image | int | float]:
+        return self.source.extras(int(self.kept[self._checked(index)]), columns)
+
+    def class_names(self, column: Column) -> list[str]:
+        return self.source.class_names(column)
+
     def ids(self) -> list[str]:
         return self._ids
 
@@ -364,7 +374,8 @@ class CachedSource(_Joined):
         self.source, self.latents, self.text, self.variants, self.decode = source, list(latents), dict(text), variants, decode
         ids, captions = source.ids(), source.captions(len(source))
         which = _store_of(source, latents, buckets)
-        rows = _rows_of(latents, picture_keys(source) if keys is None else keys, which, variants)
+        self.keys = picture_keys(source) if keys is None else keys
+        rows = _rows_of(latents, self.keys, which, variants)
         self.kept = np.flatnonzero(_sound(rows, ids, self.latents[0]))
         if not len(self.kept):
             raise CacheError(f"none of the {len(rows):,} pictures of {source.name} has sound latents in {self.latents[0].folder}")
@@ -425,6 +436,45 @@ def read_batch(
         batch |= {f"{part}.{name}": value for part, value in said.items()}
     return batch | dict(encode(captions)) if encode else batch
 
+# %% ../nbs/22_cached.ipynb #ef0efd18
+def _variant_draws(keys: np.ndarray, variant: np.ndarray, crop: float, flip: bool) -> np.ndarray:
+    "Which cut each variant of each picture is: the rows that the cache was filled by."
+    draws = np.tile(np.array((1.0, 0.5, 0.5, 1.0, 0.5, 0.5, 0.5), np.float32), (len(keys), 1))
+    cut, mirrored = np.divmod(variant, 2) if flip else (variant, np.zeros(len(keys), np.int64))
+    if crop < 1:
+        places = torch.from_numpy((keys[:, 0] >> np.uint64(1)).astype(np.int64))
+        for number in np.unique(cut):
+            draws[cut == number, :3] = uniform(0, f"cached cut {number}", places[torch.from_numpy(cut == number)], (3,)).numpy()
+    draws[:, 3] = 1 - mirrored
+    return draws
+
+
+class _Beside:
+    "Reads what belongs to cached pictures, and cuts it as they were cut."
+
+    def __init__(self, source: CachedSource, columns: tuple[Column, ...]):
+        "Raises `DataError` for latents of which nobody knows how they were cut."
+        self.source, self.reader = source, _look_beside(source, columns)
+        if any(store.recipe.settings.get("imported") for store in source.latents):
+            raise DataError(f"columns ({', '.join(c.name for c in columns)}) beside imported latents: how their pictures were cut is not known; "
+                            "fill a cache of one's own")
+
+    def __call__(self, indices: np.ndarray, variants: np.ndarray) -> dict[str, Tensor]:
+        "The columns of some samples, all of one shape."
+        assert self.reader is not None
+        how = self.source.latents[self.source.shape_of[indices[0]]].recipe.settings
+        width, height = (int(v) for v in how["image_size"])
+        crop = float(how.get("crop", 1.0))
+        flip = bool(how.get("flip")) or (crop == 1 and self.source.variants == 2)
+        kind, decoder = Augmentation(crop=crop, flip=flip, trim=bool(how.get("trim"))), "pil" if how.get("jpeg") == "whole" else "auto"
+        draws = _variant_draws(self.source.keys[self.source.kept[indices]], variants, crop, flip)
+        room = self.reader.places(len(indices), (width, height))
+        for place, (index, row) in enumerate(zip(indices.tolist(), draws)):
+            found = self.source.encoded(index) or self.source[index]
+            for name, value in self.reader(index, cut_of(found, (width, height), kind, row, decoder), found.id).items():
+                room[name][place] = value
+        return {name: _numbers(v) if v.ndim == 4 else torch.from_numpy(v) for name, v in room.items()}
+
 # %% ../nbs/22_cached.ipynb #a289d9ac
 class _Ahead:
     "Makes batches in a thread of its own, a few ahead; what fails there is raised where the batch is asked for."
@@ -483,6 +533,7 @@ class _Sequence:
     _encode: Callable[[list[str]], Mapping[str, Any]] | None
     _lengths: Mapping[str, int] | None
     _weights: np.ndarray | None
+    _beside: "_Beside | None"
     _ahead: _Ahead | None
 
     def _make(self, start: int) -> dict[str, Any]:
@@ -495,6 +546,8 @@ class _Sequence:
         batch = read_batch(self.source, indices, positions, variants=variants, silent=silent, lengths=self._lengths, encode=self._encode)
         if self._weights is not None:
             batch["weight"] = torch.from_numpy(self._weights[indices])
+        if self._beside is not None:
+            batch |= self._beside(indices, np.zeros(len(indices), np.int64) if variants is None else variants)
         return {k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in batch.items()} if self.pin and torch.cuda.is_available() else batch
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -581,6 +634,7 @@ class CachedLoader(_Resumable):
         balance: str = "",  # a metadata key whose classes are drawn equally often
         class_weights: str = "",  # a metadata key, perhaps with β, whose rare classes count more: batches then hold `weight`
         pin: bool = False,  # hand out pinned memory, from which a GPU can fetch by itself
+        columns: str | Sequence[Column] = (),  # what batches hold besides, such as "control"; see `difflit.data.parse_columns`
     ):
         "Raises `ValueError` if a batch cannot be divided among the ranks."
         ours, everybody = rank_and_world()
@@ -591,6 +645,9 @@ class CachedLoader(_Resumable):
         self.order = _cached_order(source, seed, batch_size, drop_last, block, balance)
         self._encode, self._lengths, self._weights = encode, lengths, sample_weights(source, class_weights, balance)
         self.varied = " ".join([*([f"variants={source.variants}"] if source.variants > 1 else []), *([f"uncond_p={uncond_p:g}"] if uncond_p else [])])
+        self.columns = parse_columns(columns)
+        self._beside = _Beside(source, self.columns) if self.columns else None
+        self.varied = " ".join(filter(None, [self.varied, "columns=" + ",".join(map(str, self.columns)) if self.columns else ""]))
         self.damaged: dict[int, Any] = {}
         self._ahead: _Ahead | None = None
         self.closed = False

@@ -119,6 +119,7 @@ class DataSettings(RunSettings):
     unique: Literal["none", "exact", "near"] = Field("none", description="of tars: leave out copies of a picture, exact or nearly so")
     layout: str = Field("auto", description="of tars: auto, laion, alamy, synthetic, or endings such as jpg;png,txt,json")
     columns: str = Field("", description="of tars: further keys of the JSON metadata to index, comma between, for select and balance")
+    extras: str | None = Field(None, description="what a sample has besides, for tasks that learn it: segmentation, label, control: depth.png (picture)")
     stage_dir: str | None = Field(None, description="of tars: copy them into this folder on the node's own disk first")
     balance: str = Field("", description="metadata key whose classes are drawn equally often, or in the shares written behind it")
     class_weights: str = Field("", description="metadata key whose rare classes count more in the loss; behind a colon beta (0.999)")
@@ -251,7 +252,7 @@ class SurvivalSettings(OptimizerSettings):
         "tensorboard", description="where metrics go besides metrics.csv, comma between: tensorboard, jsonl, wandb, prometheus, none")
     statistics_every_steps: int = Field(10, ge=0, description="gradient and weight norms by part of the network; 0: never")
 
-# %% ../nbs/00_config.ipynb #33a2104b
+# %% ../nbs/00_config.ipynb #e1772ad0
 class AutoencoderSettings(SurvivalSettings):
     "Autoencoders: size, losses, heads."
 
@@ -264,7 +265,6 @@ class AutoencoderSettings(SurvivalSettings):
     kl_weight: float = Field(1e-6, ge=0, description="of an autoencoder: weight that keeps latents near a standard normal")
     rgb_loss: Literal["l1", "l2"] = Field("l1", description="of an autoencoder: how colours are compared; further terms by loss_terms")
     heads: str = Field("", description="of an autoencoder: columns it predicts too, each with an equals sign and a weight; label:10 for 10 classes")
-    data_columns: str = Field("", description="what samples have besides picture and caption, comma between; for the form see difflit.data.parse_columns")
     latent_images: int | None = Field(None, ge=1, description="of an autoencoder: pictures its scaling factor is measured on (None: all it trains on)")
     latent_shift: bool = Field(False, description="of an autoencoder: keep the measured mean of its latents too, as shift_factor")
 
@@ -538,12 +538,12 @@ def sd15_t5_sdxlvae() -> dict:
     `papermill nbs/train.ipynb out.ipynb -p preset sd15-t5-sdxlvae -p data my_pictures`; a GPU. `-p init_from scratch` starts from nothing."""
     return {**_LATENT, "vae": "sdxl-vae", "text_encoder": "t5-xxl", "epochs": 100, "lr": 1e-4, "weight_decay": 0.1, "clip_norm": 0.5}
 
-# %% ../nbs/00_config.ipynb #fab8ccda
+# %% ../nbs/00_config.ipynb #f6782c6f
 @preset
 def autoencoder_tiny() -> dict:
     """An autoencoder for latents of one's own: drawn scenes, their segmentation and class.
 
-    `papermill nbs/train.ipynb out.ipynb -p preset autoencoder-tiny -p run_dir runs/my-autoencoder`; @@MEASURED@@"""
+    `papermill nbs/train.ipynb out.ipynb -p preset autoencoder-tiny -p run_dir runs/my-autoencoder`; a few minutes on 2 CPU cores."""
     return dict(data="shapes", limit=8192, model="autoencoder-tiny", heads="segmentation=0.3, label=0.03", steps=600, batch_size=32, uncond_p=0.0, lr=4e-3,
                 lr_scales="all=1", ema_decay=0.99, keep_best=1, score_images=256)
 

@@ -15,7 +15,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -61,7 +61,7 @@ class Encoded:
     id: str  # unique in its source
     metadata: dict[str, Any] = field(default_factory=dict)  # whatever else the source knows
 
-# %% ../nbs/10_data.ipynb #9827b63f
+# %% ../nbs/10_data.ipynb #86db9cf0
 UNKNOWN = 255  # in a map of labels: nothing is known of this pixel, and no loss may count it
 Kind = Literal["labels", "picture", "number"]
 COLUMN_KINDS: dict[str, Kind] = {"segmentation": "labels", "label": "number", "control": "picture", "layout": "picture"}
@@ -84,7 +84,7 @@ class Column:
     def __str__(self) -> str:
         return f"{self.name}={self.key}:{self.kind}"
 
-# %% ../nbs/10_data.ipynb #e9bc6f1f
+# %% ../nbs/10_data.ipynb #fd47e456
 def parse_columns(
     text: "str | Sequence[str | Column] | None",  # such as "segmentation, depth=depth.png:picture"
 ) -> tuple[Column, ...]:  # in the order in which they were written
@@ -111,9 +111,9 @@ def _parse_column(text: str) -> Column:
                         f"only {', '.join(COLUMN_KINDS)} are known without")
     if kind not in ("labels", "picture", "number"):
         raise DataError(f"columns: {name!r} is of the kind {kind!r}; there are labels, picture, number{nearest(kind, ['labels', 'picture', 'number'])}")
-    return Column(name, kind, key)
+    return Column(name, cast(Kind, kind), key)
 
-# %% ../nbs/10_data.ipynb #5cdcf8b1
+# %% ../nbs/10_data.ipynb #48c340b4
 _LABEL_MODES = ("L", "P", "1", "I", "I;16", "I;16L", "I;16B")
 
 
@@ -161,7 +161,7 @@ def check_labels(
         raise DamagedSample(f"a map of labels holds one number a pixel (a PNG of mode L or P), and this one is {image.mode}; "
                             "write the number of the class in place of its colour")
 
-# %% ../nbs/10_data.ipynb #a5ae0335
+# %% ../nbs/10_data.ipynb #5c300580
 def beside(
     metadata: Mapping[str, Any],  # of a sample
     column: Column,  # what is looked for
@@ -226,7 +226,7 @@ class _Besides:
         "What the numbers of a column mean."
         return []
 
-# %% ../nbs/10_data.ipynb #0d128d82
+# %% ../nbs/10_data.ipynb #51098f43
 class Source(_Besides):
     "Base of all sources: a sequence of samples. Subclasses define `__len__` and `__getitem__` at least."
 

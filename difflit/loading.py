@@ -29,7 +29,22 @@ from torch import Tensor
 import difflit.sources  # noqa: F401  the built-in sources register themselves
 from .augmentation import Augmentation, Cut, cut_labels, cut_picture, draw, nearest_bucket, prepare, prepare_cut
 from .config import nearest
-from .data import SOURCES, UNKNOWN, Column, DamagedSample, DataError, Encode, Encoded, MissingColumn, Sample, Skipped, Source, _numbers, assemble, parse_columns
+from difflit.data import (
+    SOURCES,
+    UNKNOWN,
+    Column,
+    DamagedSample,
+    DataError,
+    Encode,
+    Encoded,
+    MissingColumn,
+    Sample,
+    Skipped,
+    Source,
+    _numbers,
+    assemble,
+    parse_columns,
+)
 from .decoding import pick_decoder
 from .files import digest_bytes
 from .folders import IMAGE_SUFFIXES, FolderSource
@@ -323,7 +338,7 @@ def _read(source: Source, index: int) -> Sample | Encoded:
     except Exception as error:  # a source that makes its pictures can raise anything
         raise _Bad("", str(error) or type(error).__name__) from error
 
-# %% ../nbs/17_loading.ipynb #c4c0909a
+# %% ../nbs/17_loading.ipynb #b890a0dd
 def _numbers_fit(values: Any, column: Column, names: Sequence[str]) -> None:
     "Refuse numbers of classes that do not exist. Raises `DamagedSample`."
     low, high = int(np.min(values)), int(np.max(np.where(np.asarray(values) == UNKNOWN, 0, values)) if column.kind == "labels" else np.max(values))

@@ -610,7 +610,7 @@ def make_loader(
         lengths = {name: encoder.length for name, encoder in tokenizer.encoders.text.items()}
         return CachedLoader(source, batch_size=s.batch_size, seed=s.seed, position=state.position, uncond_p=s.uncond_p, workers=ahead, pin=on_gpu,
                             encode=tokenizer.tokens if tokenizer.training else None, lengths=lengths, drop_last=s.drop_last, block=s.block, balance=s.balance,
-                            class_weights=s.class_weights)
+                            class_weights=s.class_weights, columns=s.extras or ())
     if isinstance(source, Glimpse):
         return _make_stream(run, source, tokenizer, on_gpu)
     buckets = aspect_buckets(s.image_size) if s.buckets else []
@@ -623,7 +623,7 @@ def make_loader(
 def _make_stream(run: Run, source: Glimpse, tokenizer: Tokenizer | Unread, on_gpu: bool) -> StreamLoader:
     "The loader of a run that reads a stream. Raises `SettingsError` on settings that need an index."
     s = run.settings
-    for name in ("balance", "buckets", "drop_last", "block", "stage_dir", "limit"):
+    for name in ("balance", "buckets", "drop_last", "block", "stage_dir", "limit", "extras"):
         if getattr(s, name):
             raise SettingsError(f"{name}={getattr(s, name)!r} needs an index, and data={s.data!r} is a stream: index the tars, or leave it away")
     if s.unique == "near":
@@ -1196,7 +1196,7 @@ def score_job(
         atomic_write(job.run.path / "samples" / "final.png", caption_grid(images[:32], captions[:32]).png())
     return Judged(images, captions, scores, shown, truth, _enlarge(job, images[:PREVIEWS], captions[:PREVIEWS]))
 
-# %% ../nbs/71_recipes.ipynb #6c3566ea
+# %% ../nbs/71_recipes.ipynb #1ad840f2
 def parse_heads(
     text: str,  # such as "segmentation=1, label:10=0.1": names, classes behind a colon where the data do not know them, weights
 ) -> dict[str, tuple[float, int | None]]:  # name → weight, classes
@@ -1219,7 +1219,7 @@ def job_columns(
     settings: TrainSettings,  # resolved
 ) -> tuple[Column, ...]:  # what batches hold besides pictures and captions
     "The columns that a run reads. Raises `SettingsError` or `DataError` that says how they are written."
-    given = parse_columns(settings.data_columns)
+    given = parse_columns(settings.extras)
     return given + parse_columns([name for name in parse_heads(settings.heads) if name not in {column.name for column in given}])
 
 
@@ -1303,7 +1303,7 @@ def _coding_task(settings: TrainSettings, model: TrainableAutoencoder, name: str
     heads = {name: weight for name, (weight, _) in parse_heads(settings.heads).items()}
     return create_task(name, seed=settings.seed, rgb=settings.rgb_loss, kl_weight=settings.kl_weight, heads=heads, terms=terms)
 
-# %% ../nbs/71_recipes.ipynb #1d2cc2f5
+# %% ../nbs/71_recipes.ipynb #c8318933
 def _coded_rows(job: TrainingJob, model: nn.Module | None = None) -> dict[str, Tensor]:
     "The previews' pictures, and what the average, or another network, makes of them."
     source = job.data.held_out or job.data.train
@@ -1346,7 +1346,7 @@ def _head_scores(name: str, kind: str, counts: Tensor) -> dict[str, Any]:
     return {f"{name}.miou": bootstrap_score(over(mean_iou), len(counts), f"mean IoU of {counts.shape[-1]} classes {said}"),
             f"{name}.pixels": bootstrap_score(over(hit_rate), len(counts), f"share of right classes {said}")}
 
-# %% ../nbs/71_recipes.ipynb #9ec96f66
+# %% ../nbs/71_recipes.ipynb #e5a81ff1
 def _plain_batches(source: Source, image_size: int, images: int, size: int = 64) -> Iterator[dict[str, Any]]:
     "Pictures as a fill of the cache sees them: whole, in the middle, unvaried."
     for start in range(0, images, size):

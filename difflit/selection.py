@@ -34,8 +34,23 @@ from matplotlib.ticker import NullLocator
 from PIL import Image
 
 from .config import nearest
-from .data import SPLITS, DamagedSample, DataError, Encoded, Picture, Sample, Skipped, Source, check_split, upright_rgb
+from difflit.data import (
+    SPLITS,
+    Column,
+    DamagedSample,
+    DataError,
+    Encoded,
+    MissingColumn,
+    Picture,
+    Sample,
+    Skipped,
+    Source,
+    beside,
+    check_split,
+    upright_rgb,
+)
 from .files import atomic_file, atomic_write, digest_bytes, read_json, write_json
+from .folders import IMAGE_SUFFIXES
 from .shards import FORMATS, HARMLESS, ShardIndex, index_shards, open_index
 
 # %% ../nbs/16_selection.ipynb #0d1475cb
@@ -1063,8 +1078,36 @@ class _Known(Source):
         about = {"rules": str(parse_rules(self.where)), "split": self.split, "samples": len(self), "digest": self.selection.digest}
         return {**self.index.describe(), "(selection)": about}
 
+# %% ../nbs/16_selection.ipynb #0adc4608
+def _of_tar(column: Column, said: Mapping[str, Any], files: Mapping[str, bytes], names: Sequence[str], id: str) -> Image.Image | int | float:
+    "One column."
+    endings = [column.key, *(f"{column.key}{e}" for e in (".png", *IMAGE_SUFFIXES))]
+    found: Any = next((files[e] for e in endings if e in files), None)
+    if column.kind == "number" and (column.key in said or found is None):
+        values: dict[str, Any] = {**{name: None for name in files}, **said}
+        found = values.get(column.key)
+    elif column.kind == "number":
+        found = (found or b"").decode("utf-8", "replace")
+    if found is None:
+        known = sorted({*files, *said} - {"txt", "json"})
+        raise MissingColumn(f"{id}: no {column.key!r} for the column {column.name!r}; there are {', '.join(known) or 'no others'}{nearest(column.key, known)}")
+    return beside({column.key: found}, column, names=names)
+
+
+class _Beside(_Known):
+    "What tars hold besides pictures and captions."
+
+    def extras(self, index: int, columns: Sequence[Column]) -> dict[str, Image.Image | int | float]:
+        row = self.selection.ids.item(self._checked(index))
+        said = self.index.read(row, metadata=True).metadata if any(c.kind == "number" for c in columns) else {}
+        files = self.index.beside(row) if any(c.kind != "number" or c.key not in said for c in columns) else {}
+        return {c.name: _of_tar(c, said, files, self.class_names(c), self.index.id(row)) for c in columns}
+
+    def class_names(self, column: Column) -> list[str]:
+        return sorted(self.index.categories.get(column.key, [])) if column.kind == "number" else []
+
 # %% ../nbs/16_selection.ipynb #c705b984
-class ShardSource(_Known):
+class ShardSource(_Beside):
     "Samples in tars: all of them, or those that a filter accepts."
 
     name = "shards"

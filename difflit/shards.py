@@ -22,6 +22,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import unicodedata
@@ -694,6 +695,7 @@ class _Collector:
         self.problems: list[tuple[int, str, str, str]] = []  # offset, key, kind, detail
         self.others: dict[str, int] = {}
         self.last: _Group | None = None
+        self.last_key = ""
 
     def place(self, raw: bytes) -> tuple[str, str, str, int, bool] | None:
         "Key, ending, role, rank and looseness of a file that may belong to a sample."
@@ -724,9 +726,9 @@ def _take(shelf: _Collector, member: _Member) -> None:
     group = shelf.groups.get(key)
     if group is None:
         group = shelf.groups[key] = _Group(member.start, loose)
-    elif group is not shelf.last:
+    elif group is not shelf.last and not shelf.last_key.startswith(key + "."):  # 17.seg.png lies between 17.jpg and 17.txt
         group.apart = True
-    shelf.last = group
+    shelf.last, shelf.last_key = group, key
     fault = _fault(member, key)
     if fault is not None:
         group.blame(member.start, *fault)
@@ -1288,6 +1290,37 @@ def _read_with_metadata(index: _Mapped, file: Any, row: int, offset: int, size: 
     except ValueError as error:
         raise DamagedSample(f"{index.shards[index.columns['shard'][row]].name}: row {row}: its metadata is not what was indexed: {error}") from None
 
+# %% ../nbs/15_shards.ipynb #079763b9
+_SURELY = 2**30  # bytes between two pictures of which no sample needs as many
+
+
+def _surroundings(index: _Mapped, row: int, length: int) -> tuple[int, int]:
+    "Where the files of a sample lie: from the end of the picture before to the beginning of the next, in the same tar."
+    shards, offsets, sizes = (index.columns[c] for c in ("shard", "image_offset", "image_bytes"))
+    number, start, end = shards[row], 0, length
+    if row and shards[row - 1] == number:
+        start = -(-(offsets.item(row - 1) + sizes.item(row - 1)) // 512) * 512
+    if row + 1 < len(shards) and shards[row + 1] == number:
+        end = offsets.item(row + 1)
+    if end - start > _SURELY:
+        name = index._text("id", row)
+        raise DamagedSample(f"{index.shards[number].name}: {end - start} bytes lie between the pictures around {name}: too many to look through")
+    return start, end
+
+
+def _others(stretch: bytes, key: str, picture: str) -> dict[str, bytes]:
+    "The plain files under a key, but for the picture, in a stretch of a tar that begins with a header."
+    found: dict[str, bytes] = {}
+    try:
+        with tarfile.open(fileobj=io.BytesIO(stretch), mode="r:", ignore_zeros=True) as tar:
+            for member in tar:
+                name = member.name.removeprefix("./")
+                if member.isreg() and name.startswith(f"{key}.") and name != picture and member.offset_data + member.size <= len(stretch):
+                    found.setdefault(name[len(key) + 1 :], stretch[member.offset_data : member.offset_data + member.size])
+    except tarfile.TarError:
+        pass  # the stretch ends in the next picture
+    return found
+
 # %% ../nbs/15_shards.ipynb #88c3205f
 def _difference(shard: Shard, layout: Layout) -> str | None:
     "How a tar differs from what was indexed, if it does."
@@ -1411,6 +1444,16 @@ class ShardIndex(_Named):
         if xxhash.xxh3_64_intdigest(content) != hashes[row]:
             raise DamagedSample(f"{self.shards[number].name}: {self.id(row)}: the picture's bytes are not those that were indexed")
         return Encoded(content, self._text("caption", row), self.id(row), said)
+
+    def beside(
+        self,
+        row: int,  # 0…len(index)−1
+    ) -> dict[str, bytes]:  # by what follows the sample's key and a dot: segmentation.png, cls …
+        "What else the tar holds under a sample's key, without its picture. Raises `OSError` if the tar cannot be read or was replaced."
+        number = self.columns["shard"].item(self._checked(row))
+        file = self._handles.open.get(number) or self._handles.new(number)
+        key, start, end = self._text("id", row).rpartition(".")[0], *_surroundings(self, row, file.length)
+        return _others(file.read(end - start, start), key, self._text("id", row))
 
     def read_from(
         self,
