@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'SettingsError', 'nearest', 'Settings', 'JobSettings', 'RunSettings', 'DataSettings', 'CacheSettings',
-           'FillSettings', 'ModelSettings', 'OptimizerSettings', 'SurvivalSettings', 'TrainSettings', 'JudgeSettings',
-           'EvaluateSettings', 'AuditSettings', 'SearchSettings', 'preset', 'shapes', 'digits', 'emoji', 'folder',
-           'glide_base', 'glide_inpaint', 'glide_upsample', 'glide_base_tiny', 'glide_inpaint_tiny',
-           'glide_upsample_tiny', 'noised_clip', 'clean_clip', 'latent_tiny', 'sd15', 'sd15_t5_sdxlvae',
-           'read_settings', 'read_options', 'what_is_given', 'resolve', 'notebook_parameters', 'settings_yaml',
-           'settings_table', 'parameters_cell']
+           'FillSettings', 'ModelSettings', 'OptimizerSettings', 'SurvivalSettings', 'AutoencoderSettings',
+           'TrainSettings', 'JudgeSettings', 'EvaluateSettings', 'AuditSettings', 'SearchSettings', 'preset', 'shapes',
+           'digits', 'emoji', 'folder', 'glide_base', 'glide_inpaint', 'glide_upsample', 'glide_base_tiny',
+           'glide_inpaint_tiny', 'glide_upsample_tiny', 'noised_clip', 'clean_clip', 'latent_tiny', 'sd15',
+           'sd15_t5_sdxlvae', 'autoencoder_tiny', 'read_settings', 'read_options', 'what_is_given', 'resolve',
+           'notebook_parameters', 'settings_yaml', 'settings_table', 'parameters_cell']
 
 # %% ../nbs/00_config.ipynb #2acafd7f
 import ast
@@ -252,8 +252,33 @@ class SurvivalSettings(OptimizerSettings):
         "tensorboard", description="where metrics go besides metrics.csv, comma between: tensorboard, jsonl, wandb, prometheus, none")
     statistics_every_steps: int = Field(10, ge=0, description="gradient and weight norms by part of the network; 0: never")
 
+# %% ../nbs/00_config.ipynb #e1772ad0
+class AutoencoderSettings(SurvivalSettings):
+    "Autoencoders: size, losses, heads."
+
+    base_channels: int | None = Field(None, ge=4, multiple_of=4, le=1024, description="of an autoencoder: channels at full size (None: the model's own)")
+    channel_multipliers: str = Field("", description="of an autoencoder: factors on them, a level each, comma between; each further level halves sides: 1,2,4")
+    blocks: int | None = Field(None, ge=1, le=8, description="of an autoencoder: residual blocks of a level (None: the model's own)")
+    latent_channels: int | None = Field(None, ge=1, le=256, description="of an autoencoder: channels of its latents (None: the model's own)")
+    attention: Literal["auto", "none", "middle", "deep"] = Field("auto", description="of an autoencoder: where places see each other; auto: the model's own")
+    variational: bool = Field(True, description="of an autoencoder: latents are drawn around a mean; false: they are the mean")
+    kl_weight: float = Field(1e-6, ge=0, description="of an autoencoder: weight that keeps latents near a standard normal")
+    rgb_loss: Literal["l1", "l2"] = Field("l1", description="of an autoencoder: how colours are compared; further terms by loss_terms")
+    heads: str = Field("", description="of an autoencoder: columns it predicts too, each with an equals sign and a weight; label:10 for 10 classes")
+    latent_images: int | None = Field(None, ge=1, description="of an autoencoder: pictures its scaling factor is measured on (None: all it trains on)")
+    latent_shift: bool = Field(False, description="of an autoencoder: keep the measured mean of its latents too, as shift_factor")
+
+    @model_validator(mode="after")
+    def _heads_need_an_autoencoder(self):
+        coder = self.model.startswith("autoencoder")
+        if self.heads and not coder:
+            raise ValueError(f"heads belong to an autoencoder (model=autoencoder-tiny), and model={self.model} is none")
+        if coder and (self.vae is not None or self.text_encoder is not None):
+            raise ValueError(f"model={self.model} is trained itself: vae and text_encoder belong to a latent model, which is trained afterwards with vae=RUN")
+        return self
+
 # %% ../nbs/00_config.ipynb #39d5ba90
-class TrainSettings(SurvivalSettings):
+class TrainSettings(AutoencoderSettings):
     "All settings of `nbs/train.ipynb`."
 
     steps: int | None = Field(None, ge=0, description="weight updates (give steps or epochs); 0 only looks at the given weights")
@@ -512,6 +537,15 @@ def sd15_t5_sdxlvae() -> dict:
     `difflit pull sd15 sdxl-vae t5-xxl`, then `difflit cache fill -p preset=sd15-t5-sdxlvae -p data=my_pictures` where the encoders fit, then
     `papermill nbs/train.ipynb out.ipynb -p preset sd15-t5-sdxlvae -p data my_pictures`; a GPU. `-p init_from scratch` starts from nothing."""
     return {**_LATENT, "vae": "sdxl-vae", "text_encoder": "t5-xxl", "epochs": 100, "lr": 1e-4, "weight_decay": 0.1, "clip_norm": 0.5}
+
+# %% ../nbs/00_config.ipynb #f6782c6f
+@preset
+def autoencoder_tiny() -> dict:
+    """An autoencoder for latents of one's own: drawn scenes, their segmentation and class.
+
+    `papermill nbs/train.ipynb out.ipynb -p preset autoencoder-tiny -p run_dir runs/my-autoencoder`; a few minutes on 2 CPU cores."""
+    return dict(data="shapes", limit=8192, model="autoencoder-tiny", heads="segmentation=0.3, label=0.03", steps=600, batch_size=32, uncond_p=0.0, lr=4e-3,
+                lr_scales="all=1", ema_decay=0.99, keep_best=1, score_images=256)
 
 # %% ../nbs/00_config.ipynb #f82d678b
 def _complaint(error: ValidationError, cls: type[Settings]) -> str:

@@ -108,11 +108,25 @@ def _register_latent() -> None:
         family("latent", LatentConfig, build_latent, {name: re.compile(pattern).search for name, pattern in LATENT_PARTS.items()})
 
 
+_AUTOENCODER_PARTS = {"encoder": r"^vae\.(encoder|quant_conv)\.", "decoder": r"^vae\.(decoder|post_quant_conv)\.", "heads": r"^heads\.",
+                      "attention": r"\.attentions\.", "norms": r"\.(norm\d?|group_norm|conv_norm_out)\."}
+
+
+def _register_autoencoder() -> None:
+    "Likewise."
+    if "autoencoder" not in FAMILIES:
+        from difflit.autoencoder import AutoencoderConfig, TrainableAutoencoder
+
+        family("autoencoder", AutoencoderConfig, TrainableAutoencoder, {name: re.compile(pattern).search for name, pattern in _AUTOENCODER_PARTS.items()})
+
+
 def _family_of(model: nn.Module) -> str:
     "The family's name. Raises `ValueError` if none is registered for the model's config."
     config: Any = getattr(model, "config", None)
     if type(config).__module__ == "difflit.latent":
         _register_latent()
+    if type(config).__module__ == "difflit.autoencoder":
+        _register_autoencoder()
     for name, (kind, _) in FAMILIES.items():
         if isinstance(config, kind):
             return name
@@ -140,6 +154,8 @@ def build_model(
     name = str(card.get("family"))
     if name == "latent":
         _register_latent()
+    if name == "autoencoder":
+        _register_autoencoder()
     if name not in FAMILIES:
         raise SettingsError(f"there is no family of models {name!r}{nearest(name, FAMILIES)}")
     config, build = FAMILIES[name]

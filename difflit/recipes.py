@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['COMPARED', 'SCORERS', 'make_tokenizer', 'build_network', 'build_diffusion', 'task_name', 'text_is_frozen',
-           'build_task', 'TrainingJob', 'count_steps', 'rate_factors', 'prepare', 'read_damaged', 'make_loader',
-           'data_changes', 'job_sampling', 'whole_pictures', 'average_of', 'job_pictures', 'preview_prompts',
-           'save_preview', 'save_job', 'validate', 'judge_now', 'audit_now', 'job_hooks', 'train_job', 'scorer',
-           'score_shapes', 'score_digits', 'score_emoji', 'Judged', 'score_job']
+           'build_task', 'Unread', 'TrainingJob', 'count_steps', 'rate_factors', 'prepare', 'read_damaged',
+           'make_loader', 'data_changes', 'job_sampling', 'whole_pictures', 'average_of', 'job_pictures',
+           'preview_prompts', 'save_preview', 'save_job', 'validate', 'judge_now', 'audit_now', 'job_hooks',
+           'train_job', 'scorer', 'score_shapes', 'score_digits', 'score_emoji', 'Judged', 'score_job', 'parse_heads',
+           'job_columns', 'batch_beside', 'coding_network', 'coding_scores', 'measure_coder', 'export_coder']
 
 # %% ../nbs/71_recipes.ipynb #67fadd95
 import copy
@@ -70,14 +71,28 @@ from .training import LOOP_COLUMNS, Hook, TrainingError, TrainState, load_state,
 from .weights import glide_diffusion, load_glide
 
 # %% ../nbs/71_recipes.ipynb #c5024a38
+from collections.abc import Iterator
+from importlib.util import find_spec
+
 from .audits import pictures_of
+from .augmentation import cut_labels, cut_picture, prepare_cut
+from difflit.autoencoder import (
+    AutoencoderConfig, LatentStatistics, TrainableAutoencoder, confusions, create_autoencoder, hit_rate, mean_iou, measure_latents, named_config,
+    reconstructions, save_autoencoder,
+)
+from .checkpoints import best_checkpoint
+from .config import resolve
+from .data import Column, parse_columns
 from .evaluation import Candidate, Question, judge, make_panel
+from .job_data import open_split
+from .loading import put_together
 from .memorization import different, ratio
 from .neighbours import gallery_of, nearest_caption_agreement
 from .oracles import alignment, digit_agreement, train_digit_classifier
+from .pipelines import load_autoencoder
 from .randomness import permute
-from .scores import share_score
-from .similarity import restoration
+from .scores import bootstrap_score, mean_score, share_score
+from .similarity import psnr, restoration, ssim
 from .tracking import add_columns
 
 # %% ../nbs/71_recipes.ipynb #bf59b951
@@ -189,6 +204,8 @@ def task_name(
     if isinstance(model, LatentDenoiser):
         return "latent"
     config = getattr(model, "config", None)
+    if isinstance(config, AutoencoderConfig):
+        return "autoencoder"
     if isinstance(config, ClipConfig):
         return "noised-clip" if config.timesteps else "clip"
     flags = [word for word, flag in (("upsample", "super_resolution"), ("inpaint", "inpaint")) if getattr(config, flag, False)]
@@ -213,6 +230,8 @@ def build_task(
 ) -> tuple[Task, TextCache | None]:  # the task, and what a frozen text tower is read through
     "The task of a run. Raises `SettingsError` for an unknown name."
     name = task_name(settings, model)
+    if isinstance(model, TrainableAutoencoder):
+        return _coding_task(settings, model, name), None
     more: dict[str, Any] = {}
     if name.startswith("upsample"):
         more |= {"factor": settings.upscale_factor, "conditioning_noise": settings.conditioning_noise, "patch": settings.patch_size}
@@ -233,6 +252,19 @@ def build_task(
     return create_task(name, diffusion=diffusion, seed=settings.seed, kind=settings.loss, min_snr_gamma=settings.min_snr_gamma, **more), cache
 
 # %% ../nbs/71_recipes.ipynb #23de646d
+class Unread:
+    "A tokenizer of networks that read no captions."
+
+    context = vocabulary = 0
+
+    def __call__(
+        self,
+        captions: Sequence[str],  # B texts
+    ) -> dict[str, Tensor]:  # nothing
+        "No tokens."
+        return {}
+
+
 @dataclass
 class TrainingJob:
     "A run that is ready to train."
@@ -240,7 +272,7 @@ class TrainingJob:
     run: Run  # directory and status
     settings: TrainSettings  # resolved
     data: JobData  # training, held-out, prompts
-    tokenizer: Tokenizer | CaptionReader  # captions → tokens, or what a latent network is told of them
+    tokenizer: Tokenizer | CaptionReader | Unread  # captions → tokens, or what a latent network is told of them
     diffusion: Diffusion  # noise and targets
     task: Task  # what a step computes
     state: TrainState  # what moves
@@ -267,7 +299,12 @@ class TrainingJob:
     @property
     def draws(self) -> bool:
         "Whether the network draws pictures, rather than look at them."
-        return not isinstance(getattr(self.state.model, "config", None), ClipConfig)
+        return not isinstance(getattr(self.state.model, "config", None), (ClipConfig, AutoencoderConfig))
+
+    @property
+    def codes(self) -> bool:
+        "Whether the network is an autoencoder, whose pictures are reconstructions."
+        return isinstance(self.state.model, TrainableAutoencoder)
 
     @property
     def shown(self) -> bool:
@@ -428,13 +465,22 @@ def prepare(
         raise
 
 
+def _network(settings: TrainSettings, data: JobData, made: _LatentParts | None) -> tuple[nn.Module, Tokenizer | CaptionReader | Unread, dict[str, Any]]:
+    "The network, what captions are read with, and the diffusion that given weights were trained for."
+    if made is not None:
+        return made.model, _reader(made.encoders, data), made.trained
+    if settings.model.startswith("autoencoder"):
+        return coding_network(settings, data.train), Unread(), {}
+    return build_network(settings, data.train.captions())
+
+
 def _wire(run: Run) -> TrainingJob:
     "The parts of a run, in the order in which they need one another."
     settings: TrainSettings = run.settings
     get_sampler(settings.sampler)  # a wrong name should fail now, not after an hour
     made = _latent_parts(run) if is_latent(settings) else None
     data = open_data(settings, made.encoders if made else None)
-    model, tokenizer, trained = (made.model, _reader(made.encoders, data), made.trained) if made else build_network(settings, data.train.captions())
+    model, tokenizer, trained = _network(settings, data, made)
     diffusion = build_diffusion(settings, trained)
     notes = (made.notes if made else []) + _started(settings, model, trained, diffusion)
     sigma_steps(diffusion, settings.sampler_steps, settings.spacing)
@@ -553,7 +599,7 @@ def _note_damaged(run: Run, bad: Damaged) -> int:
 def make_loader(
     run: Run,  # with settings
     source: Source,  # training samples
-    tokenizer: Tokenizer | CaptionReader,  # captions → tokens
+    tokenizer: Tokenizer | CaptionReader | Unread,  # captions → tokens
     state: TrainState,  # its position is where the loader begins
 ) -> Loader | CachedLoader | StreamLoader:  # not yet reading
     "The loader of a run."
@@ -571,10 +617,10 @@ def make_loader(
     return Loader(source, batch_size=s.batch_size, image_size=s.image_size, seed=s.seed, position=state.position, uncond_p=s.uncond_p,
                   encode=tokenizer, workers=_workers(s, on_gpu), flip=s.flip, crop=s.crop, jitter=s.jitter, trim=s.trim, buckets=buckets,
                   drop_last=s.drop_last, block=s.block, balance=s.balance, class_weights=s.class_weights, bad_samples=s.bad_samples,
-                  on_bad=partial(_note_damaged, run), decoder=s.decoder, raw=on_gpu, columns=s.extras or ())
+                  on_bad=partial(_note_damaged, run), decoder=s.decoder, raw=on_gpu, columns=job_columns(s))
 
 # %% ../nbs/71_recipes.ipynb #b5d3aa40
-def _make_stream(run: Run, source: Glimpse, tokenizer: Tokenizer, on_gpu: bool) -> StreamLoader:
+def _make_stream(run: Run, source: Glimpse, tokenizer: Tokenizer | Unread, on_gpu: bool) -> StreamLoader:
     "The loader of a run that reads a stream. Raises `SettingsError` on settings that need an index."
     s = run.settings
     for name in ("balance", "buckets", "drop_last", "block", "stage_dir", "limit", "extras"):
@@ -732,6 +778,7 @@ def job_pictures(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # [N, 3, S, S] in −1…1, and what the network was shown, N rows
     "Pictures from the job's average, with its settings."
     s, seeds = job.settings, range(first_seed, first_seed + len(samples))
+    assert not isinstance(job.tokenizer, Unread)
     given = job.task.given(whole_pictures(samples, s.image_size), list(seeds), "preview") if job.shown else {}  # type: ignore[attr-defined]
     drawn = draw(average_of(job), job.diffusion, job.tokenizer, [sample.caption for sample in samples], s.image_size, given=given, seeds=seeds,
                  precision=job.state.precision, autoencoder=job.encoders and job.encoders.autoencoder, **job_sampling(job))
@@ -748,17 +795,19 @@ def preview_prompts(
 def save_preview(
     job: TrainingJob,  # under way
 ) -> Path:  # samples/step-XXXXXXXX.png
-    "Draw the fixed prompts with fixed seeds and save them as one row of pictures."
-    pictures = to_images(job_pictures(job, job.data.prompts[:PREVIEWS])[0])
+    "Draw the fixed prompts with fixed seeds and save them as one row of pictures; of an autoencoder: originals above reconstructions."
+    shown = [*_coded_rows(job).values()] if job.codes else [job_pictures(job, job.data.prompts[:PREVIEWS])[0]]
     size = job.settings.image_size
-    row = Image.new("RGB", (size * len(pictures), size))
-    for i, picture in enumerate(pictures):
-        row.paste(picture, (i * size, 0))
+    row = Image.new("RGB", (size * len(shown[0]), size * len(shown)))
+    for r, pictures in enumerate(shown):
+        for i, picture in enumerate(to_images(pictures)):
+            row.paste(picture, (i * size, r * size))
     path = job.run.path / "samples" / f"step-{job.state.step:08d}.png"
     path.parent.mkdir(exist_ok=True)
     row.save(path)
     log_image(job.tracker, "samples", job.state.step, row)
-    atomic_write(path.parent / "prompts.txt", "\n".join(preview_prompts(job)) + "\n")
+    words = [" ".join(caption.split()) for caption in preview_prompts(job)] + [""] * len(shown[0])
+    atomic_write(path.parent / "prompts.txt", "\n".join(words[: len(shown[0])]) + "\n")
     return path
 
 
@@ -767,13 +816,14 @@ def save_job(
 ) -> Path:  # the checkpoint; it is whole after `job.writer.wait()`
     "A checkpoint with all that is needed to go on, and to sample elsewhere."
     s = job.settings
-    more = {"sampling": job_sampling(job)} | ({"upscale_factor": s.upscale_factor} if task_name(s, job.state.model).startswith("upsample") else {})
+    more: dict[str, Any] = {} if job.codes else {"sampling": job_sampling(job), "diffusion": job.diffusion}
+    more |= ({"upscale_factor": s.upscale_factor} if task_name(s, job.state.model).startswith("upsample") else {})
     more |= job.encoders.card() if job.encoders is not None else {}
-    card = model_card(job.state.model, diffusion=job.diffusion, image_size=s.image_size, data=s.data, **more)
+    card = model_card(job.state.model, image_size=s.image_size, data=s.data, **more)
     extra = {"config.json": card} | ({"tokenizer.json": job.tokenizer.dumps()} if isinstance(job.tokenizer, Tokenizer) else {})
     entries = {"loader": _loader_state(job), "batch_size": s.batch_size, "watch": job.watch.state_dict() if job.watch else None}
     measured = [*takewhile(lambda row: row["step"] == job.state.step, reversed(job.tracker.rows))]  # each hook has its row
-    latest = {name: row[name] for row in measured for name in row if name.startswith(("val_loss", "judge/", "audit/"))}
+    latest = {name: row[name] for row in measured for name in row if name.startswith(("val_", "judge/", "audit/"))}
     where = job.writer or job.run.path / "checkpoints"
     return save_state(job.state, where, extra, _retention(s), job.task, {**latest, **job.scores}, **entries)
 
@@ -793,7 +843,9 @@ def validate(
         return {}
     with torch.inference_mode(), job.state.precision.autocast():
         made = [{k: v.to(job.device) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in _held_batches(job, held)]
-        return job.task.validation_loss(average_of(job), made) if made else {}
+        found = job.task.validation_loss(average_of(job), made) if made else {}
+    add_columns(job.tracker, *(name for name in found if name not in job.tracker.columns))  # a task may measure more than a loss
+    return found
 
 
 def _held_batches(job: TrainingJob, held: Source, images: int | None = None) -> list[dict[str, Any]]:
@@ -805,6 +857,9 @@ def _held_batches(job: TrainingJob, held: Source, images: int | None = None) -> 
         groups = [np.flatnonzero(held.shape_of[:n] == shape) for shape in np.unique(held.shape_of[:n])]
         parts = [group[start : start + size] for group in groups for start in range(0, len(group), size)]
         return [read_batch(held, part, torch.from_numpy(part), encode=encode, lengths=lengths) for part in parts]
+    if columns := job_columns(job.settings):
+        parts = [np.arange(start, min(n, start + size)) for start in range(0, n, size)]
+        return [batch_beside(held, part.tolist(), job.settings.image_size, columns, job.tokenizer) for part in parts]  # type: ignore[arg-type]
     samples = list(sound_samples(held, range(n)))
     places = [range(start, min(len(samples), start + size)) for start in range(0, len(samples), size)]
     return [collate([samples[i] for i in part], job.settings.image_size, part, job.tokenizer) for part in places]
@@ -869,7 +924,7 @@ def job_hooks(
         Hook(lambda state: validate(job), job.every["validate"], measures=True),
         *([Hook(lambda state: judge_now(job), every, measures=True)] if job.draws and (every := job.settings.judge_every_steps) else []),
         *([Hook(lambda state: audit_now(job), every, measures=True)] if job.draws and (every := job.settings.audit_every_steps) else []),
-        *([Hook(lambda state: save_preview(job), job.every["sample"])] if job.draws else []),
+        *([Hook(lambda state: save_preview(job), job.every["sample"])] if job.draws or job.codes else []),
         *([Hook(partial(_keep_snapshot, job), every, everywhere=together)] if (every := job.settings.snapshot_every_steps) else []),
         Hook(lambda state: save_job(job), job.every["checkpoint"], everywhere=together),
         Hook(lambda state: job.run.note(step=state.step), 10),
@@ -1006,7 +1061,7 @@ def train_job(
         job.state.ema.gather()  # all processes, also where there was no step left to do
     if not job.steps and job.run.main:  # nothing to learn, but all to see
         record(job.tracker, 0, **validate(job))
-        if job.draws:
+        if job.draws or job.codes:
             save_preview(job)
     flush(job.tracker)
     if live:
@@ -1080,6 +1135,7 @@ class Judged:
     shown: dict[str, Tensor] = field(default_factory=dict)  # what the network was shown of the pictures, N rows
     truth: Tensor | None = None  # the pictures themselves, where something of them was shown
     enlarged: Tensor | None = None  # `images` after the run's upsampler
+    rows: dict[str, Tensor] = field(default_factory=dict)  # of an autoencoder: pictures by the name of their row, such as `true` and `made`
 
 
 def _enlarge(job: TrainingJob, images: Tensor, captions: list[str]) -> Tensor | None:
@@ -1116,7 +1172,9 @@ def _found_captions(job: TrainingJob, choices: int = 16) -> dict[str, Any]:
 def score_job(
     job: TrainingJob,  # trained
 ) -> Judged:  # pictures, prompts, scores
-    "Draw held-out prompts and judge them, or let a CLIP find captions; writes `scores.json` and `samples/final.png`."
+    "Draw held-out prompts and judge them, let a CLIP find captions, or export an autoencoder; writes `scores.json` and `samples/final.png`."
+    if job.codes:
+        return _score_coder(job)
     if not job.draws:
         job.scores = _found_captions(job) if job.settings.score_images else {}
         if job.run.main:
@@ -1137,3 +1195,217 @@ def score_job(
         write_json(job.run.path / "scores.json", scores)
         atomic_write(job.run.path / "samples" / "final.png", caption_grid(images[:32], captions[:32]).png())
     return Judged(images, captions, scores, shown, truth, _enlarge(job, images[:PREVIEWS], captions[:PREVIEWS]))
+
+# %% ../nbs/71_recipes.ipynb #1ad840f2
+def parse_heads(
+    text: str,  # such as "segmentation=1, label:10=0.1": names, classes behind a colon where the data do not know them, weights
+) -> dict[str, tuple[float, int | None]]:  # name → weight, classes
+    "The heads of an autoencoder. Raises `SettingsError` that shows how they are written."
+    found: dict[str, tuple[float, int | None]] = {}
+    for word in (w.strip() for w in text.split(",") if w.strip()):
+        name, _, classes = (part.strip() for part in word.partition("=")[0].partition(":"))
+        try:
+            weight, count = float(word.partition("=")[2] or 1), int(classes) if classes else None
+        except ValueError:
+            weight, count = math.nan, None
+        if not (name and math.isfinite(weight) and weight >= 0) or name in found:
+            raise SettingsError(f"heads={text!r}: {word!r} is " + ("named twice" if name in found else "not understood") + "; write NAME=WEIGHT, or "
+                                "NAME:CLASSES=WEIGHT, comma between, weights 0 or above, as in segmentation=1, label:10=0.1")
+        found[name] = weight, count
+    return found
+
+
+def job_columns(
+    settings: TrainSettings,  # resolved
+) -> tuple[Column, ...]:  # what batches hold besides pictures and captions
+    "The columns that a run reads. Raises `SettingsError` or `DataError` that says how they are written."
+    given = parse_columns(settings.extras)
+    return given + parse_columns([name for name in parse_heads(settings.heads) if name not in {column.name for column in given}])
+
+
+def batch_beside(
+    source: Source,  # not damaged, or it is left out
+    indices: Iterable[int],  # which samples
+    image_size: int,  # S, pixels along a side
+    columns: Sequence[Column],  # what is wanted besides pictures and captions
+    encode: Callable[[list[str]], Mapping[str, Any]] | None = None,  # captions → more keys
+) -> dict[str, Any]:  # a batch; positions are the indices
+    "Samples outside of training with their columns, whole and unvaried, as a loader would hand them out. Raises `DataError` if none can be used."
+    found: list[tuple[int, Sample, np.ndarray, dict[str, Any]]] = []
+    cuts = {"labels": cut_labels, "picture": cut_picture}
+    for index in indices:
+        for sample in sound_samples(source, [index]):
+            pixels, cut = prepare_cut(sample, (image_size, image_size))
+            extras = source.extras(index, columns)
+            ready = {c.name: cuts[c.kind](extras[c.name], cut) if c.kind in cuts else extras[c.name] for c in columns}  # type: ignore[arg-type]
+            found.append((index, sample, pixels, ready))
+    if not found:
+        raise DataError(f"{source.name}: none of these samples can be used")
+    kinds = {c.name: np.int64 if c.kind == "labels" or c.kind == "number" and all(isinstance(row[3][c.name], int) for row in found) else
+             np.uint8 if c.kind == "picture" else np.float32 for c in columns}
+    beside = {name: np.stack([np.asarray(row[3][name]) for row in found]).astype(kind) for name, kind in kinds.items()}
+    places, samples = [row[0] for row in found], [row[1] for row in found]
+    return put_together(np.stack([row[2] for row in found]), [s.caption for s in samples], [s.id for s in samples], places, encode, extras=beside)
+
+# %% ../nbs/71_recipes.ipynb #80fa8d8f
+def _head_of(source: Source, column: Column, classes: int | None) -> dict[str, Any]:
+    "What a head shall predict. Raises `SettingsError` where nobody says how many classes there are, or there are more."
+    if column.kind == "picture":
+        raise SettingsError(f"the head {column.name!r} cannot predict a picture: there are labels (a class for each pixel) and numbers (one for the picture)")
+    known = len(source.class_names(column))
+    if classes is None and not known:
+        raise SettingsError(f"{source.name} has no names for the classes of {column.name!r}: say how many there are, as in heads: {column.name}:10=1")
+    if classes is not None and known > classes:
+        some = ", ".join(source.class_names(column)[:12])
+        raise SettingsError(f"heads says that {column.name!r} has {classes} classes, and {source.name} has {known}: {some}")
+    return {"kind": column.kind, "classes": classes or known}
+
+
+def _given_coder(settings: TrainSettings) -> TrainableAutoencoder:
+    "The autoencoder of `init_from`: a run of ours, or a folder in diffusers' format."
+    start = str(settings.init_from)
+    if Path(start).is_dir() and not (Path(start) / "vae").is_dir() and not (Path(start) / "diffusion_pytorch_model.safetensors").is_file():
+        model, _ = load_model(start)
+        if not isinstance(model, TrainableAutoencoder):
+            raise SettingsError(f"{start} holds a {type(model).__name__}, not an autoencoder")
+        return model
+    vae = load_autoencoder(start).vae
+    return TrainableAutoencoder(AutoencoderConfig(dict(vae.config)), vae)
+
+
+def coding_network(
+    settings: TrainSettings,  # resolved
+    source: Source,  # training samples, whose columns the heads predict
+) -> TrainableAutoencoder:  # on the CPU, with fresh or given weights
+    "The network of an autoencoder's run. Raises `SettingsError` if sizes, heads and data do not fit."
+    asked = {column.name: column for column in job_columns(settings)}
+    heads = {name: _head_of(source, asked[name], classes) for name, (_, classes) in parse_heads(settings.heads).items()}
+    sizes = {"channels": settings.base_channels, "blocks": settings.blocks, "latent_channels": settings.latent_channels,
+             "attention": None if settings.attention == "auto" else settings.attention,
+             "multipliers": tuple(int(word) for word in settings.channel_multipliers.split(",") if word.strip()) or None}
+    given = _given_coder(settings) if settings.init_from not in (None, "scratch") else None
+    if given is not None and (wrong := next((name for name, value in sizes.items() if value is not None), None)):
+        raise SettingsError(f"init_from={settings.init_from} has its own {wrong}, which cannot be chosen: leave it away, or init_from")
+    vae = named_config(settings.model, image_size=settings.image_size, **sizes) if given is None else given.config.vae
+    config = AutoencoderConfig(vae, settings.variational, heads)
+    if settings.image_size % config.factor:
+        raise SettingsError(f"image_size={settings.image_size} is no multiple of {config.factor}, by which this autoencoder shrinks sides")
+    model = create_autoencoder(config, settings.seed, None if given is None else given.vae, settings.checkpointing)
+    if given is not None:
+        for name in (n for n in heads if given.config.heads.get(n) == heads[n]):
+            model.heads[name].load_state_dict(given.heads[name].state_dict())
+    return model
+
+
+def _coding_task(settings: TrainSettings, model: TrainableAutoencoder, name: str) -> Task:
+    "What a step of an autoencoder computes."
+    terms = parse_terms(settings.loss_terms, seed=settings.seed, channels=3, device=next(model.parameters()).device) if settings.loss_terms else ()
+    heads = {name: weight for name, (weight, _) in parse_heads(settings.heads).items()}
+    return create_task(name, seed=settings.seed, rgb=settings.rgb_loss, kl_weight=settings.kl_weight, heads=heads, terms=terms)
+
+# %% ../nbs/71_recipes.ipynb #c8318933
+def _coded_rows(job: TrainingJob, model: nn.Module | None = None) -> dict[str, Tensor]:
+    "The previews' pictures, and what the average, or another network, makes of them."
+    source = job.data.held_out or job.data.train
+    made = batch_beside(source, range(min(PREVIEWS, len(source))), job.settings.image_size, job_columns(job.settings))
+    batch = {k: v.to(job.device) if isinstance(v, Tensor) else v for k, v in made.items()}
+    with torch.inference_mode(), job.state.precision.autocast():
+        return {name: row.cpu() for name, row in reconstructions((model or average_of(job)).eval(), batch).items()}  # type: ignore[arg-type]
+
+
+@torch.inference_mode()
+def coding_scores(
+    job: TrainingJob,  # whose held-out pictures are reconstructed
+    model: TrainableAutoencoder,  # in evaluation mode, on the job's device
+) -> dict[str, Any]:  # reconstruction.psnr, .ssim; NAME.miou and NAME.pixels, or NAME.accuracy
+    "Judge an autoencoder on held-out pictures, the posterior's mean for a latent."
+    told: dict[str, list[Tensor]] = {"psnr": [], "ssim": []}
+    for batch in _held_batches(job, job.data.held_out or job.data.train, job.settings.score_images):
+        with job.state.precision.autocast():
+            out = model(batch["image"].to(job.device))
+        made, true = out["image"].float().cpu().clamp(-1, 1), batch["image"]
+        told["psnr"].append(psnr(made, true))
+        if min(true.shape[-2:]) >= 11 and find_spec("torchmetrics"):
+            told["ssim"].append(ssim(made, true))
+        for name, head in model.config.heads.items():
+            found = confusions(out[f"head.{name}"].argmax(1).cpu(), batch[name], head["classes"])
+            told.setdefault(name, []).append(found)
+    words = {"psnr": "dB over all pixels of held-out pictures; Student 95 %", "ssim": "SSIM, windows of 11, held-out pictures; Student 95 %"}
+    scores = {f"reconstruction.{name}": mean_score(torch.cat(told[name]), text) for name, text in words.items() if told[name]}
+    for name, head in model.config.heads.items():
+        scores |= _head_scores(name, head["kind"], torch.cat(told[name]))
+    return scores
+
+
+def _head_scores(name: str, kind: str, counts: Tensor) -> dict[str, Any]:
+    "A head's metrics from the confusion matrices of N pictures."
+    if kind == "number":
+        return {f"{name}.accuracy": share_score(int(counts.diagonal(dim1=1, dim2=2).sum()), int(counts.sum()), "class of held-out pictures; Wilson 95 %")}
+    said = "over the pixels of held-out pictures"
+    over = lambda measure: lambda places: float(measure(counts[places].sum(0)))
+    return {f"{name}.miou": bootstrap_score(over(mean_iou), len(counts), f"mean IoU of {counts.shape[-1]} classes {said}"),
+            f"{name}.pixels": bootstrap_score(over(hit_rate), len(counts), f"share of right classes {said}")}
+
+# %% ../nbs/71_recipes.ipynb #e5a81ff1
+def _plain_batches(source: Source, image_size: int, images: int, size: int = 64) -> Iterator[dict[str, Any]]:
+    "Pictures as a fill of the cache sees them: whole, in the middle, unvaried."
+    for start in range(0, images, size):
+        if samples := list(sound_samples(source, range(start, min(images, start + size)))):
+            yield collate(samples, image_size)
+
+
+def measure_coder(
+    model: TrainableAutoencoder,  # in evaluation mode
+    settings: TrainSettings,  # of its run
+    source: Source,  # training pictures
+    position: int = 0,  # pictures that were trained on: so many are measured of data without end
+) -> LatentStatistics:  # of all, or of `latent_images`
+    "Statistics of the latents of a run's data."
+    whole = len(source) if len(source) < 10**9 else max(position, settings.batch_size)
+    return measure_latents(model, _plain_batches(source, settings.image_size, min(settings.latent_images or whole, len(source))))
+
+
+def export_coder(
+    checkpoint: str | Path,  # a run or one of its checkpoints
+    folder: str | Path,  # becomes an AutoencoderKL of diffusers
+    *,
+    weights: str = "ema",  # ema: the average; model: the live weights
+    dtype: str = "fp32",  # of the weights: fp32, fp16 or bf16
+) -> Path:  # the folder
+    "Measure and write a trained autoencoder. Raises `SettingsError` where there is none, or the folder exists."
+    kinds = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    if dtype not in kinds or Path(folder).exists():
+        raise SettingsError(f"{folder} exists; give another name" if dtype in kinds else f"dtype={dtype!r}: there is {', '.join(kinds)}")
+    model, card = load_model(checkpoint, weights=weights)
+    if not isinstance(model, TrainableAutoencoder):
+        raise SettingsError(f"{checkpoint} holds a {type(model).__name__}, not an autoencoder")
+    run = next((p for p in (Path(checkpoint), *Path(checkpoint).resolve().parents[:2]) if (p / "settings.yaml").is_file()), None)
+    if run is None:
+        raise SettingsError(f"{checkpoint} belongs to no run whose settings.yaml names the pictures that latents are measured on")
+    settings = resolve({}, run / "settings.yaml")
+    found = measure_coder(model.to(memory_format=torch.channels_last), settings, open_split(settings, "train", settings.limit))
+    return save_autoencoder(folder, model, found, settings.latent_shift, kinds[dtype], data=card.get("data"), image_size=card.get("image_size"))
+
+
+def _score_coder(job: TrainingJob) -> Judged:
+    "Choose the weights, measure their latents, export them, judge them. Writes `vae/`, `scores.json` and `samples/final.png`."
+    s, model, step = job.settings, average_of(job), job.state.step
+    if job.writer is not None:
+        job.writer.wait()
+    by, higher = _direction(s.best_by)
+    if s.keep_best and (best := best_checkpoint(job.run.path, by, higher)) is not None and best.step != step:
+        model, step = load_model(best.path)[0].to(job.device).to(memory_format=torch.channels_last), best.step
+        job.notes.append(f"the best checkpoint by {s.best_by}, of step {step}, is judged and exported")
+    assert isinstance(model, TrainableAutoencoder)
+    model.eval()
+    job.scores = coding_scores(job, model) if s.score_images else {}
+    log_scores(job.tracker, job.state.step, job.scores)
+    close(job.tracker)
+    rows = _coded_rows(job, model)
+    if job.run.main:
+        found = measure_coder(model, s, job.data.train, job.state.position)
+        save_autoencoder(job.run.path / "vae", model, found, s.latent_shift, data=s.data, image_size=s.image_size, step=step)
+        write_json(job.run.path / "scores.json", job.scores)
+        texts = [name for name in rows for _ in range(len(rows["true"]))]
+        atomic_write(job.run.path / "samples" / "final.png", caption_grid(torch.cat([*rows.values()]), texts, columns=len(rows["true"])).png())
+    return Judged(torch.zeros(0, 3, s.image_size, s.image_size), [], job.scores, rows=rows)
