@@ -6,7 +6,7 @@
 __all__ = ['PASSWORD', 'POLICY', 'CSS', 'is_loopback', 'read_password', 'require_password', 'Guard', 'status_html',
            'previews_html', 'empty_text', 'Desk', 'open_page', 'serve']
 
-# %% ../nbs/81_app.ipynb #968ba7d9
+# %% ../nbs/81_app.ipynb #d1826f9f
 import base64
 import html
 import io
@@ -48,7 +48,7 @@ from difflit.studio import (
     runs_overview,
 )
 
-# %% ../nbs/81_app.ipynb #a4d76875
+# %% ../nbs/81_app.ipynb #3f8d9fd8
 PASSWORD = "DIFFLIT_APP_PASSWORD"
 
 
@@ -89,7 +89,7 @@ def require_password(
     if password is None and not is_loopback(host):
         raise SettingsError(f"--host {host} can be reached from elsewhere, so the page needs a password: give --password-file FILE or set {PASSWORD}")
 
-# %% ../nbs/81_app.ipynb #c49c7a1c
+# %% ../nbs/81_app.ipynb #4c0f1d77
 POLICY = ("default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'")
 _HEADERS = [(b"content-security-policy", POLICY.encode()), (b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"same-origin")]
 
@@ -139,7 +139,7 @@ class Guard:
             return
         await self.app(scope, receive, sealed)
 
-# %% ../nbs/81_app.ipynb #66b9a540
+# %% ../nbs/81_app.ipynb #a0a2a785
 def status_html(
     news: News | None = None,  # what is told; None: nothing yet
     error: str | None = None,  # or what went wrong
@@ -174,7 +174,7 @@ def empty_text(
     return (f"### No checkpoints in `{root}` yet\n\nTrain a small model, which takes minutes on a CPU, and press **Look again**:\n\n"
             "```\ndifflit train -p preset=shapes\n```\n\nOr start the page with a model from elsewhere: `difflit app --model base`.")
 
-# %% ../nbs/81_app.ipynb #9f12b687
+# %% ../nbs/81_app.ipynb #e9d228ee
 class Desk:
     "What the buttons of the page do."
 
@@ -231,7 +231,7 @@ def _edited(editor: Mapping[str, Any] | None) -> tuple[Image.Image | None, Image
     layers = [check_picture(layer) and layer for layer in editor.get("layers") or []]
     return check_picture(editor["background"]), painted_mask(layers)
 
-# %% ../nbs/81_app.ipynb #4b656e93
+# %% ../nbs/81_app.ipynb #db1305b4
 CSS = """
 .gradio-container {max-width: 1240px !important; width: 100% !important; margin: 0 auto !important}
 .gradio-container .column, .gradio-container .block {max-width: 100%}
@@ -265,7 +265,7 @@ def _gradio() -> Any:
         raise SettingsError(f"the page needs Gradio, which is an extra ({error}): pip install difflit[app]") from None
     return gradio
 
-# %% ../nbs/81_app.ipynb #ccc9bce2
+# %% ../nbs/81_app.ipynb #3d1858ef
 def _form(gr: Any, desk: Desk) -> dict[str, Any]:
     "The left column: what is wanted; controls by the names of `Wanted`, and buttons"
     likes: dict[str, Any] = {"placeholder": "as the model likes it", "min_width": 140}  # an empty number would arrive as 0, an empty text does not
@@ -305,7 +305,7 @@ def _form(gr: Any, desk: Desk) -> dict[str, Any]:
         at["strength"] = gr.Slider(0.05, 1, value=0.6, step=0.05, label="How much to change, where nothing is painted", elem_id="strength")
     return at
 
-# %% ../nbs/81_app.ipynb #ec000d6e
+# %% ../nbs/81_app.ipynb #a7f5d34a
 def _results(gr: Any, desk: Desk) -> dict[str, Any]:
     "The right column: what came of it"
     common: dict[str, Any] = {"columns": 4, "height": "auto", "object_fit": "contain", "buttons": ["download", "fullscreen"], "interactive": False}
@@ -333,7 +333,7 @@ def _runs_tab(gr: Any, desk: Desk) -> dict[str, Any]:
     at["differ"] = gr.Markdown(elem_id="differ")
     return at
 
-# %% ../nbs/81_app.ipynb #b6fbb31f
+# %% ../nbs/81_app.ipynb #79fe972d
 _ERRORS = (SettingsError, NonFiniteAnswer, OSError, ValueError, RuntimeError)
 
 
@@ -375,7 +375,7 @@ def _told(gr: Any, desk: Desk, session: str, visitor: str, editor: Any, values: 
         end = {"status": status_html(error=str(error) or type(error).__name__), "previews": ""}
     yield {**end, "mine": _mine(gr, desk, visitor), "go": gr.update(interactive=True), "cancel": gr.update(interactive=False)}
 
-
+# %% ../nbs/81_app.ipynb #e7053d32
 def _look(paths: Sequence[Path]) -> list[str]:
     "Small pictures are shown with their pixels, large ones smoothly"
     return ["difflit-small"] if paths and Image.open(paths[0]).width < 256 else []
@@ -400,7 +400,7 @@ def _caption(path: Path) -> str:
     says = read_picture(path) or {}
     return f"seed {says.get('seed')}" + (f", score {says['score']:.3f}" if "score" in says else "")
 
-# %% ../nbs/81_app.ipynb #4fea4b9e
+# %% ../nbs/81_app.ipynb #731487bd
 def _load_handlers(gr: Any, desk: Desk) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
     "What happens when the page is opened, when models are looked for again, and when a picture is chosen"
     def look(chosen: str | None) -> tuple[Any, ...]:
@@ -442,7 +442,7 @@ def _runs_handlers(gr: Any, desk: Desk) -> tuple[Callable[..., Any], Callable[..
 
     return reread, curves
 
-# %% ../nbs/81_app.ipynb #76701934
+# %% ../nbs/81_app.ipynb #34888385
 def open_page(
     studio: Studio,  # that draws
 ) -> Any:  # gradio's Blocks, not yet launched
@@ -488,7 +488,7 @@ def _wire(gr: Any, desk: Desk, page: Any, visitor: Any, form: Mapping[str, Any],
     form["dice"].click(None, None, [form["seed"]], js="() => Math.floor(Math.random() * 1e9)", **silent)
     parts["mine"].select(choose, [visitor], [parts["behind"], parts["again"]], **silent)
 
-# %% ../nbs/81_app.ipynb #063032d7
+# %% ../nbs/81_app.ipynb #0b04382b
 _CLOSED: dict[str, Any] = {"share": False, "inbrowser": False, "prevent_thread_lock": True, "quiet": True, "show_error": True, "footer_links": [],
                            "run_history": False, "ssr_mode": False, "pwa": False, "mcp_server": False, "enable_monitoring": False, "strict_cors": True,
                            "root_path": ""}

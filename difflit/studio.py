@@ -8,7 +8,7 @@ __all__ = ['MOST_LETTERS', 'MOST_STEPS', 'MOST_PICTURES', 'MOST_CANDIDATES', 'MO
            'line_of', 'painted_mask', 'check_picture', 'Studio', 'News', 'draw_wanted', 'Galleries', 'runs_overview',
            'runs_curves']
 
-# %% ../nbs/80_studio.ipynb #9f1b0105
+# %% ../nbs/80_studio.ipynb #48e2e39b
 import io
 import queue
 import shlex
@@ -41,7 +41,7 @@ from .reranking import Scorer, load_scorer
 from .samplers import SAMPLERS
 from .text import weights_digest
 
-# %% ../nbs/80_studio.ipynb #b0e535ce
+# %% ../nbs/80_studio.ipynb #14073079
 @dataclass(frozen=True)
 class Model:
     "A model that may be asked for."
@@ -71,7 +71,7 @@ def _card_model(name: str, folder: Path) -> Model | None:
             return Model(name, str(folder), role, int(card["image_size"]), bool(config.get("inpaint")), dict(card.get("sampling") or {}))
     return None
 
-# %% ../nbs/80_studio.ipynb #fd359854
+# %% ../nbs/80_studio.ipynb #d5a23d34
 def find_models(
     root: str | Path = "runs",  # a folder of runs and sweeps
     also: Sequence[str] = (),  # further models: paths, or names such as base and sd15
@@ -94,7 +94,7 @@ def _age(path: Path) -> float:
         return -path.stat().st_mtime
     return 0.0
 
-# %% ../nbs/80_studio.ipynb #4a75284b
+# %% ../nbs/80_studio.ipynb #abfc964c
 def pipeline_bytes(
     pipeline: Pipeline,  # loaded
 ) -> int:  # of all weights, encoders included
@@ -148,7 +148,7 @@ def _changed(path: Path) -> int:
         return (path / "config.json" if path.is_dir() else path).stat().st_mtime_ns
     return 0
 
-# %% ../nbs/80_studio.ipynb #10d2e8f6
+# %% ../nbs/80_studio.ipynb #7365cb9c
 MOST_LETTERS = 1000  # of a prompt
 MOST_STEPS = 500  # of a sampler
 MOST_PICTURES = 16  # of one request
@@ -176,7 +176,7 @@ class Wanted(BaseModel):
     strength: float | None = Field(None, gt=0, le=1, description="by how much a picture is changed")
     against: str | None = Field(None, description="another model to draw the same, by its name among those found")
 
-# %% ../nbs/80_studio.ipynb #99576e18
+# %% ../nbs/80_studio.ipynb #979e16ea
 def check_wanted(
     models: dict[str, Model],  # those found
     **values: Any,  # fields of `Wanted`; empty text means: as the model likes it
@@ -204,7 +204,7 @@ def check_wanted(
         raise SettingsError(f"the best {wanted.count} of {wanted.candidates} pictures: draw at least as many as are kept")
     return wanted
 
-# %% ../nbs/80_studio.ipynb #b8e1a3af
+# %% ../nbs/80_studio.ipynb #2b92bd09
 def sample_command(
     wanted: Wanted,  # checked
     model: Model,  # that draws
@@ -224,7 +224,7 @@ def sample_command(
     said = [(f"--{name.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else str(value)) for name, value in options.items() if value is not None]
     return shlex.join(["difflit", "sample", model.path, *(word for pair in said for word in pair)])
 
-# %% ../nbs/80_studio.ipynb #88d3fc02
+# %% ../nbs/80_studio.ipynb #9e674aef
 class Cancelled(Exception):
     "Somebody no longer wants what he asked for."
 
@@ -275,7 +275,7 @@ class Line:
     def __len__(self) -> int:
         return len(self._waiting)
 
-
+# %% ../nbs/80_studio.ipynb #b9b669f7
 _LINES: dict[str, Line] = {}
 
 
@@ -285,7 +285,7 @@ def line_of(
     "The line of a device in this process."
     return _LINES.setdefault(str(device), Line())
 
-# %% ../nbs/80_studio.ipynb #f0ddc059
+# %% ../nbs/80_studio.ipynb #da559e9a
 def painted_mask(
     layers: Sequence[Image.Image],  # with transparency, of one size
 ) -> Image.Image | None:  # mode L: white is kept, black is filled in; None: nothing was painted
@@ -305,7 +305,7 @@ def check_picture(
         raise SettingsError(f"the picture has {picture.width} × {picture.height} pixels; at most {MOST_SIDE} along a side are taken")
     return picture.convert("RGB")
 
-# %% ../nbs/80_studio.ipynb #9f4af837
+# %% ../nbs/80_studio.ipynb #9f17749e
 class Studio:
     "What those who draw have in common. Raises `SettingsError` if a device or a folder cannot be used."
 
@@ -354,7 +354,7 @@ class Studio:
         for folder in (self.uploads, *([self.folder] if self.temporary else [])):
             shutil.rmtree(folder, ignore_errors=True)
 
-# %% ../nbs/80_studio.ipynb #a0ec2e71
+# %% ../nbs/80_studio.ipynb #93561566
 @dataclass(frozen=True)
 class News:
     "How far a request is."
@@ -385,7 +385,7 @@ class _Watcher:
             self.tell(News("drawing", self.model, share=min(self.done / self.total, 1.0), previews=tuple(previews)))
             self._next = time.monotonic() + max(0.2, 4 * (time.monotonic() - begun))
 
-# %% ../nbs/80_studio.ipynb #6b5eb878
+# %% ../nbs/80_studio.ipynb #c15e5e1b
 def _draw_one(studio: Studio, wanted: Wanted, model: Model, shown: dict[str, Path], tell: Callable[[News], None], cancel: threading.Event) -> None:
     "The pictures of one model, by the functions that `difflit sample` calls"
     tell(News("loading", model.name))
@@ -409,7 +409,7 @@ def _draw_one(studio: Studio, wanted: Wanted, model: Model, shown: dict[str, Pat
         paths = draw_album(album, [wanted.prompt], room, count=wanted.count, **common)
     tell(News("done", model.name, share=1.0, pictures=tuple(paths), command=sample_command(wanted, model, upsampler, image=image, mask=mask, **more)))
 
-# %% ../nbs/80_studio.ipynb #7780336f
+# %% ../nbs/80_studio.ipynb #77d8aec9
 def draw_wanted(
     studio: Studio,  # with what to draw
     wanted: Wanted,  # of `check_wanted`
@@ -454,7 +454,7 @@ def _handed_in(studio: Studio, image: Image.Image | None, mask: Image.Image | No
         mask.save(files["mask"])
     return files
 
-# %% ../nbs/80_studio.ipynb #8211af1c
+# %% ../nbs/80_studio.ipynb #fc711272
 class Galleries:
     "Pictures of visitors, the latest first."
 
@@ -487,7 +487,7 @@ class Galleries:
         with self._lock:
             return [pair for pair in self._of.get(visitor, []) if pair[0].exists()]
 
-# %% ../nbs/80_studio.ipynb #e95c6a05
+# %% ../nbs/80_studio.ipynb #88e59896
 def runs_overview(
     root: str | Path = "runs",  # a folder of runs
 ) -> tuple[list[str], list[list[str]]]:  # columns that are not empty, and rows
