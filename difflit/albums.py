@@ -28,7 +28,7 @@ from .data import to_images
 from .encoders import CaptionReader
 from .enlarging import load_enlarger
 from .files import atomic_write, digest_bytes, write_json
-from .generation import Pipeline, check_prompts, clip_steering, generate, load_pipeline, sampling_of
+from .generation import Pipeline, Watch, check_prompts, clip_steering, generate, load_pipeline, sampling_of
 from .precision import choose_precision
 from .reranking import Scorer, moved_off, rerank
 from .samplers import check_options
@@ -128,21 +128,24 @@ def open_album(
     precision: str = "auto",  # auto, fp32, bf16, fp16
     clip: str | Path | None = None,  # a CLIP that steers the first stage, see `clip_steering`
     clip_scale: float | None = None,  # how strongly; None: its own
+    load: Callable[[Any, str], Pipeline] = load_pipeline,  # how a stage is found; a server keeps those that it has read
+    digest: Callable[[nn.Module], str] = weights_digest,  # of a stage's weights, likewise
+    watch: Watch | None = None,  # shown the guesses at each step, see `generate`
     **sampling: Any,  # sampler, steps, spacing, guidance, rescale, interval, threshold, options …; None: the model's own
 ) -> Album:  # ready to draw
     "Load the stages and note what they are. Raises `SettingsError`."
     if sampling.get("sampler"):
         check_options(sampling["sampler"], sampling.get("options") or {})
-    stage = load_pipeline(checkpoint, device)
-    second = load_pipeline(upsampler, device) if upsampler else None
+    stage = load(checkpoint, device)
+    second = load(upsampler, device) if upsampler else None
     third = [load_enlarger(path, device) for path in enlargers]
     chosen = choose_precision(precision, next(stage.model.parameters()).device)
     how = sampling_of(stage, sampling)
-    says: dict[str, Any] = {"checkpoint": str(checkpoint), "weights": weights_digest(stage.model), "sampling": how, "precision": chosen.name}
+    says: dict[str, Any] = {"checkpoint": str(checkpoint), "weights": digest(stage.model), "sampling": how, "precision": chosen.name}
     if negative:
         says["negative"] = negative
     if second is not None:
-        says["upsampler"] = {"checkpoint": str(upsampler), "weights": weights_digest(second.model), "sampling": second.sampling}
+        says["upsampler"] = {"checkpoint": str(upsampler), "weights": digest(second.model), "sampling": second.sampling}
     if third:
         says["enlargers"] = [{"checkpoint": str(path), "weights": weights_digest(each.model)} for path, each in zip(enlargers, third)]
         says["factor"] = factor or third[0].factor
@@ -156,7 +159,7 @@ def open_album(
         says["steered"] = {"clip": str(clip), "scale": clip_scale}
     says["versions"] = {"difflit": version("difflit"), "torch": torch.__version__}
     arguments = {"upsampler": second, "enlarger": third or None, "factor": factor, "negative": negative, "image": image, "mask": mask, "strength": strength,
-                 "precision": chosen.name, "steer": steer, **sampling}
+                 "precision": chosen.name, "steer": steer, "watch": watch, **sampling}
     return Album(stage, json.loads(json.dumps(says)), arguments)
 
 

@@ -1,0 +1,167 @@
+"""The studio behind the page: its pictures are those of `difflit sample`, to the bit; users queue, stop, and hand in nonsense."""
+
+import json
+import shlex
+import threading
+import time
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from studios import save_model, save_run, save_runs
+from typer.testing import CliRunner
+
+from difflit.albums import read_picture
+from difflit.cli import app
+from difflit.config import SettingsError
+from difflit.studio import MOST_SIDE, Cancelled, Studio, check_wanted, draw_wanted, find_models, painted_mask
+
+
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory):
+    root = save_runs(tmp_path_factory.mktemp("studio") / "runs")
+    torch.manual_seed(0)
+    judge = {"embed_dim": 32, "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 8},
+             "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1}}
+    (root.parent / "studio-judge.json").write_text(json.dumps(judge))
+    open_clip.add_model_config(root.parent / "studio-judge.json")
+    save_file(open_clip.create_model("studio-judge").state_dict(), root.parent / "judge.safetensors")
+    judge = {"rank_model": "studio-judge", "rank_weights": str(root.parent / "judge.safetensors")}
+    made = Studio(root, out=root.parent / "pictures", device="cpu", precision="fp32", **judge)
+    yield made
+    made.close()
+
+
+def draw(studio, image=None, mask=None, **values):
+    "The last news of each model."
+    wanted = check_wanted(studio.models, **{"model": "shapes-a", "prompt": "a red circle", **values})
+    return [news for news in draw_wanted(studio, wanted, image=image, mask=mask) if news.pictures]
+
+
+def photo(size=(40, 30)):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size[::-1], 3), np.uint8))
+
+
+def half(size=(40, 30)):
+    layer = Image.new("RGBA", size)
+    layer.paste((255, 0, 0, 200), (0, 0, size[0] // 2, size[1]))
+    return painted_mask([layer])
+
+
+CASES = {
+    "plain": {},
+    "settings": dict(count=3, seed=5, steps=7, sampler="dpmpp_2m", spacing="karras", guidance=3.5, negative="dull"),
+    "noise of its own": dict(count=2, sampler="euler_a", steps=5),
+    "an older checkpoint": dict(model="shapes-a, step 10"),
+    "two stages": dict(count=2, upsampler="upsampler"),
+    "the best of some": dict(count=2, candidates=5),
+    "filled in": dict(image=photo(), mask=half()),
+    "changed": dict(image=photo(), strength=0.5, steps=6),
+    "long words": dict(prompt="it's a \"red\" circle; $HOME `ls` --prompt x\nand so on"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_command_draws_the_same_bits(studio, tmp_path, name):
+    news, = draw(studio, **CASES[name])
+    words = shlex.split(news.command)
+    assert words[:2] == ["difflit", "sample"]
+    result = CliRunner().invoke(app, [*words[1:], "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output + str(result.exception)
+    for path in news.pictures:
+        other = tmp_path / "out" / path.name
+        assert path.read_bytes() == other.read_bytes(), "the picture or what it says of itself differs"
+    assert len([p for p in (tmp_path / "out").glob("*.png") if p.name != "grid.png"]) == len(news.pictures)
+
+
+def test_side_by_side_has_the_same_seeds(studio):
+    first, second = draw(studio, against="shapes-b", count=2, seed=3)
+    assert (first.model, second.model) == ("shapes-a", "shapes-b")
+    for one, other in zip(first.pictures, second.pictures, strict=True):
+        assert read_picture(one)["seed"] == read_picture(other)["seed"]
+        assert read_picture(one)["weights"] != read_picture(other)["weights"]
+
+
+def test_filled_in_keeps_what_was_not_painted(studio):
+    plain = Image.new("RGB", (40, 40), (0, 0, 255))
+    picture = np.array(Image.open(draw(studio, image=plain, mask=half((40, 40)))[0].pictures[0]))
+    blue = (picture == (0, 0, 255)).all(-1)
+    assert blue[:, 9:].all() and blue[:, :7].mean() < 0.5
+
+
+def test_two_users_draw_one_after_the_other(studio):
+    "The second waits until the first is done, and both get the pictures that they would have got alone."
+    alone = draw(studio, seed=9, steps=30)[0].pictures[0].read_bytes()
+    seen, told = [], threading.Lock()
+
+    def user(name, **values):
+        wanted = check_wanted(studio.models, model="shapes-a", prompt="a red circle", **values)
+        for news in draw_wanted(studio, wanted):
+            with told:
+                seen.append((name, news))
+
+    asked = {"a": dict(steps=60, count=4), "b": dict(seed=9, steps=30)}
+    users = [threading.Thread(target=user, args=(name,), kwargs=values) for name, values in asked.items()]
+    users[0].start()
+    while not any(news.state == "drawing" for _, news in seen):
+        time.sleep(0.005)
+    users[1].start()
+    for each in users:
+        each.join()
+    order = [(name, news.state) for name, news in seen]
+    assert ("b", "waiting") in order and order.index(("a", "done")) < order.index(("b", "loading"))
+    assert next(news for name, news in seen if name == "b" and news.pictures).pictures[0].read_bytes() == alone
+
+
+def test_cancelled_at_the_next_step_and_the_line_goes_on(studio):
+    stop = threading.Event()
+    news = draw_wanted(studio, check_wanted(studio.models, model="shapes-a", prompt="a red circle", steps=500, count=16), cancel=stop)
+    while next(news).state != "drawing":
+        pass
+    stop.set()
+    begun = time.monotonic()
+    with pytest.raises(Cancelled):
+        list(news)
+    assert time.monotonic() - begun < 5
+    assert draw(studio)[0].pictures and len(studio.line) == 0
+
+
+def test_a_new_checkpoint_is_found_and_a_half_written_one_is_not(tmp_path):
+    save_run(tmp_path / "runs" / "a", steps=(10,))
+    studio = Studio(tmp_path / "runs", device="cpu", precision="fp32")
+    assert [*studio.models] == ["a"]
+    half_done = tmp_path / "runs" / "a" / "checkpoints" / "step-00000020"
+    half_done.mkdir()
+    (half_done / "config.json").write_text("{")
+    assert studio.look()["a"].path.endswith("step-00000010")
+    (half_done / "config.json").unlink()
+    half_done.rmdir()
+    save_model(half_done, seed=5)
+    assert studio.look()["a"].path.endswith("step-00000020") and "a, step 10" in studio.models
+    studio.close()
+
+
+def test_damaged_runs_are_passed_over(tmp_path):
+    save_run(tmp_path / "good", steps=(10,))
+    for name, text in (("torn", "{"), ("list", "[]"), ("clip", json.dumps({"family": "clip", "config": {}, "diffusion": {}, "image_size": 16}))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "status.json").write_text("{}")
+        (tmp_path / name / "config.json").write_text(text)
+    assert [*find_models(tmp_path)] == ["good"]
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "shapes-a/../shapes-a", "shapes-a/checkpoints/step-00000020", "", "upsampler", "\x00"])
+def test_names_are_only_looked_up(studio, name):
+    with pytest.raises(SettingsError, match="there is no model|model="):
+        check_wanted(studio.models, model=name, prompt="a red circle")
+
+
+def test_what_the_model_refuses_reaches_the_one_who_asked(studio):
+    for values, message in ((dict(spacing="karas"), "karras"), (dict(negative="dull", guidance=1), "does nothing with guidance 1"),
+                            (dict(image=photo()), "strength"), (dict(image=Image.new("1", (MOST_SIDE + 1, 1)), strength=0.5), "4096 along a side")):
+        with pytest.raises(SettingsError, match=message):
+            draw(studio, **values)
+    assert len(studio.line) == 0
