@@ -8,7 +8,7 @@ __all__ = ['small_run', 'Explored', 'open_explored', 'is_live', 'look', 'pages',
            'noised_figure', 'AttentionMaps', 'attention_maps', 'attention_figure', 'listed', 'samplers_figure',
            'seeds_figure', 'samples_of', 'nearest_figure']
 
-# %% ../nbs/82_exploring.ipynb #19d4591b
+# %% ../nbs/82_exploring.ipynb #596cee86
 import base64
 import importlib.util
 import math
@@ -44,7 +44,7 @@ from .signals import text_attention
 from .spacing import sigma_steps
 from .text import BPETokenizer
 
-# %% ../nbs/82_exploring.ipynb #207e551f
+# %% ../nbs/82_exploring.ipynb #db61c936
 def small_run(
     settings: ExploreSettings,  # `small` and `steps` say what is trained
     folder: str | Path,  # of the new run; its caches come to lie in it
@@ -61,7 +61,7 @@ def small_run(
         finish(run)
     return run.path
 
-# %% ../nbs/82_exploring.ipynb #dcb34d34
+# %% ../nbs/82_exploring.ipynb #e5638ca5
 @dataclass
 class Explored:
     "A network and what it was trained on."
@@ -85,7 +85,7 @@ def _as_latents(settings: TrainSettings, pipeline: Pipeline, source: Source) -> 
         raise CacheError(f"there is no cache {Path(settings.cache).name}")
     return cached_split(settings, pipeline.tokenizer.encoders, source, "train")
 
-# %% ../nbs/82_exploring.ipynb #3bfdf456
+# %% ../nbs/82_exploring.ipynb #8347fd82
 def open_explored(
     settings: ExploreSettings,  # resolved
     model: str | Path | None = None,  # what is looked at (None: that of the settings)
@@ -109,7 +109,7 @@ def open_explored(
         raise SettingsError("the pictures have no captions: give a file of prompts")
     return Explored(pipeline, data, train, prompts, run_of(model), latents, notes)
 
-# %% ../nbs/82_exploring.ipynb #931d4b60
+# %% ../nbs/82_exploring.ipynb #bfce4cf2
 def is_live() -> bool:
     "Whether a person may be sitting before this notebook, with sliders to move."
     try:
@@ -130,7 +130,7 @@ def _drawn(show: Callable[..., Picture | None], chosen: Mapping[str, Any]) -> tu
         return b"", str(error)
     return (b"", "there is nothing to show") if picture is None else (picture.png(), "")
 
-# %% ../nbs/82_exploring.ipynb #a615a87d
+# %% ../nbs/82_exploring.ipynb #c3d7d988
 def look(
     show: Callable[..., Picture | None],  # draws a picture of what was chosen
     live: bool | None = None,  # with sliders (None: where a person may be)
@@ -167,7 +167,7 @@ def _panel(show: Callable[..., Picture | None], choices: Mapping[str, Sequence[A
         control.observe(redraw, "value")
     return widgets.VBox([*controls.values(), told, picture])
 
-# %% ../nbs/82_exploring.ipynb #66e35148
+# %% ../nbs/82_exploring.ipynb #f22cb5de
 def pages(
     source: Source,  # any number of pictures
     count: int = 16,  # on a page
@@ -189,7 +189,7 @@ def page_figure(
         raise DataError(f"{source.name} has no pictures on page {page}: it has {len(source)}")
     return caption_grid(torch.stack([image_tensor(s.image, image_size) for s in found]), [s.caption for s in found])
 
-# %% ../nbs/82_exploring.ipynb #51a29e64
+# %% ../nbs/82_exploring.ipynb #3c26f1ba
 @dataclass
 class DataStatistics:
     "What some pictures and captions are like."
@@ -213,12 +213,12 @@ def data_statistics(
     if not found:
         raise DataError(f"none of the pictures of {x.train.name} can be read")
     grey = [np.asarray(s.image.convert("L"), np.float32) / 255 for s in found]
-    common = Counter(word for s in found for word in set(s.caption.lower().split()))
+    common = Counter(word for s in found for word in {word.strip(".,:;!?\"()") for word in s.caption.lower().split()} - {""})
     tokens = [sum(len(columns) for _, columns in words_of(x.pipeline, s.caption)) for s in found]
     return DataStatistics(np.array([s.image.size for s in found]), [len(s.caption.split()) for s in found], tokens, np.array([g.mean() for g in grey]),
                           np.array([g.std() for g in grey]), sorted(common.items(), key=lambda pair: (-pair[1], pair[0])), x.pipeline.tokenizer.context)
 
-# %% ../nbs/82_exploring.ipynb #6cf787bc
+# %% ../nbs/82_exploring.ipynb #d825c840
 def words_of(
     pipeline: Pipeline,  # whose tokenizer reads
     prompt: str,  # any text
@@ -253,7 +253,7 @@ def _grouped(texts: Sequence[str], ends: Sequence[bool], start: int, most: int) 
             found, word, columns = [*found, (word, columns)], "", []
     return found
 
-# %% ../nbs/82_exploring.ipynb #a5a6d763
+# %% ../nbs/82_exploring.ipynb #e22efcfc
 def statistics_table(
     found: DataStatistics,
 ) -> str:  # Markdown
@@ -292,7 +292,7 @@ def statistics_figure(
         axes.yaxis.label.set_size(8)
     return figure
 
-# %% ../nbs/82_exploring.ipynb #b49fa2a3
+# %% ../nbs/82_exploring.ipynb #c68b9248
 def channels_figure(
     x: Explored,  # with latents
     picture: int = 1,  # which of the training pictures, from 1
@@ -326,7 +326,7 @@ def channels_figure(
         panel.set_axis_off()
     return figure
 
-# %% ../nbs/82_exploring.ipynb #5713a0b8
+# %% ../nbs/82_exploring.ipynb #1ca00d3c
 def schedule_figure(
     diffusion: Diffusion,  # with any schedule
     steps: int | None = None,  # of a sampler whose times are marked (None: 25, or what the spacing says)
@@ -344,7 +344,7 @@ def schedule_figure(
     shares.plot(t, sigma, label="σ, of the noise")
     shares.plot(marks, torch.zeros(len(marks)), "|", color="black", ms=9, label=f"{len(marks)} steps of sampling")
     shares.set(xlabel="time: picture … noise", ylim=(-0.06, 1.05))
-    shares.legend(fontsize=7)
+    shares.legend(fontsize=6.5, loc="center right")
     inside = (alpha > 0) & (sigma > 0)
     ratio.plot(t[inside], 2 * (alpha[inside] / sigma[inside]).log(), color="tab:green")
     ratio.axhline(0, color="grey", lw=0.6)
@@ -355,7 +355,7 @@ def schedule_figure(
         axes.yaxis.label.set_size(8)
     return figure
 
-# %% ../nbs/82_exploring.ipynb #11422a8d
+# %% ../nbs/82_exploring.ipynb #fb7fd0d6
 def _seen(pipeline: Pipeline, values: Tensor) -> Tensor:
     "What a network draws, as pictures [N, 3, S, S] in −1…1."
     with torch.no_grad():
@@ -394,7 +394,7 @@ def noised_figure(
         rows, texts = [*rows, _seen(p, torch.cat(seen))], [*texts, *(f"guess at {time:g}" for time in times)]
     return caption_grid(torch.cat(rows), texts, columns=len(times))
 
-# %% ../nbs/82_exploring.ipynb #3ab1d6ea
+# %% ../nbs/82_exploring.ipynb #c675a598
 @dataclass
 class AttentionMaps:
     "Where a network looks for each word while it draws."
@@ -441,7 +441,7 @@ def _word_maps(logits: Tensor, words: Sequence[tuple[str, list[int]]], shape: Se
     maps = [share[..., [c for c in columns if c < logits.shape[-1]]].sum(-1) for _, columns in words]
     return torch.stack(maps, 1).view(1, len(words), height, places // height)
 
-# %% ../nbs/82_exploring.ipynb #30edf23d
+# %% ../nbs/82_exploring.ipynb #faa3d341
 def attention_figure(
     found: AttentionMaps,
     step: int | None = None,  # from 1 (None: the mean over all)
@@ -460,7 +460,7 @@ def attention_figure(
     title = "picture" if step is None else f"guess at step {step}"
     return caption_grid([to_images(picture[None])[0], *tiles], [title, *texts], columns=8)
 
-# %% ../nbs/82_exploring.ipynb #89bfdbef
+# %% ../nbs/82_exploring.ipynb #77c81495
 def _shown_besides(x: Explored, picture: int = 0) -> dict[str, Any]:
     "What a network needs to be shown besides words: a training picture, and of one that fills in a mask that hides the right half."
     takes = x.pipeline.takes
@@ -519,7 +519,7 @@ def seeds_figure(
     drawn = generate(x.pipeline, [prompt] * len(seeds), seeds=list(seeds), precision="fp32", **_shown_besides(x), **sampling)
     return caption_grid(drawn, [f"seed {seed}" for seed in seeds])
 
-# %% ../nbs/82_exploring.ipynb #4222ad86
+# %% ../nbs/82_exploring.ipynb #4feeb8c4
 def samples_of(
     x: Explored,  # a network that draws
     count: int = 8,  # pictures, a prompt for each, again from the first where there are fewer
