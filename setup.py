@@ -12,7 +12,7 @@ config = ConfigParser(delimiters=["="])
 config.read(HERE / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 
-PYTHONS = ["3.11", "3.12", "3.13", "3.14"]  # 3.11 runs all tests, 3.12 and 3.13 were installed and run, 3.14 resolves
+PYTHONS = ["3.11", "3.12", "3.13", "3.14"]  # 3.11 runs the tests; the others resolve, see RELEASE.md
 RUN_NOTEBOOKS = ["train", "precompute", "evaluate", "audit", "copying", "search", "explore"]
 
 

@@ -8,7 +8,7 @@ __all__ = ['small_run', 'Explored', 'open_explored', 'is_live', 'look', 'pages',
            'noised_figure', 'AttentionMaps', 'attention_maps', 'attention_figure', 'listed', 'samplers_figure',
            'seeds_figure', 'samples_of', 'nearest_figure']
 
-# %% ../nbs/82_exploring.ipynb #596cee86
+# %% ../nbs/82_exploring.ipynb #19d4591b
 import base64
 import importlib.util
 import math
@@ -44,7 +44,7 @@ from .signals import text_attention
 from .spacing import sigma_steps
 from .text import BPETokenizer
 
-# %% ../nbs/82_exploring.ipynb #db61c936
+# %% ../nbs/82_exploring.ipynb #207e551f
 def small_run(
     settings: ExploreSettings,  # `small` and `steps` say what is trained
     folder: str | Path,  # of the new run; its caches come to lie in it
@@ -61,7 +61,7 @@ def small_run(
         finish(run)
     return run.path
 
-# %% ../nbs/82_exploring.ipynb #e5638ca5
+# %% ../nbs/82_exploring.ipynb #dcb34d34
 @dataclass
 class Explored:
     "A network and what it was trained on."
@@ -85,14 +85,15 @@ def _as_latents(settings: TrainSettings, pipeline: Pipeline, source: Source) -> 
         raise CacheError(f"there is no cache {Path(settings.cache).name}")
     return cached_split(settings, pipeline.tokenizer.encoders, source, "train")
 
-# %% ../nbs/82_exploring.ipynb #8347fd82
+# %% ../nbs/82_exploring.ipynb #0d7ea284
 def open_explored(
     settings: ExploreSettings,  # resolved
     model: str | Path | None = None,  # what is looked at (None: that of the settings)
 ) -> Explored:  # everything that belongs together
     "Load a model with its data. Raises `SettingsError` or `DataError`."
     model = str(model or settings.model)
-    data = trained_on(settings, [model])  # type: ignore[arg-type]
+    told = settings if settings.model else settings.model_copy(update={"data": None, "limit": None})  # a small run knows its data itself
+    data = trained_on(told, [model])  # type: ignore[arg-type]
     pipeline = load_pipeline(model, settings.device)
     if isinstance(getattr(pipeline.model, "config", None), ClipConfig):
         raise SettingsError(f"{model} looks at pictures and draws none: explore a network that draws")
@@ -109,7 +110,7 @@ def open_explored(
         raise SettingsError("the pictures have no captions: give a file of prompts")
     return Explored(pipeline, data, train, prompts, run_of(model), latents, notes)
 
-# %% ../nbs/82_exploring.ipynb #bfce4cf2
+# %% ../nbs/82_exploring.ipynb #931d4b60
 def is_live() -> bool:
     "Whether a person may be sitting before this notebook, with sliders to move."
     try:
@@ -130,7 +131,7 @@ def _drawn(show: Callable[..., Picture | None], chosen: Mapping[str, Any]) -> tu
         return b"", str(error)
     return (b"", "there is nothing to show") if picture is None else (picture.png(), "")
 
-# %% ../nbs/82_exploring.ipynb #c3d7d988
+# %% ../nbs/82_exploring.ipynb #a615a87d
 def look(
     show: Callable[..., Picture | None],  # draws a picture of what was chosen
     live: bool | None = None,  # with sliders (None: where a person may be)
@@ -167,7 +168,7 @@ def _panel(show: Callable[..., Picture | None], choices: Mapping[str, Sequence[A
         control.observe(redraw, "value")
     return widgets.VBox([*controls.values(), told, picture])
 
-# %% ../nbs/82_exploring.ipynb #f22cb5de
+# %% ../nbs/82_exploring.ipynb #66e35148
 def pages(
     source: Source,  # any number of pictures
     count: int = 16,  # on a page
@@ -189,7 +190,7 @@ def page_figure(
         raise DataError(f"{source.name} has no pictures on page {page}: it has {len(source)}")
     return caption_grid(torch.stack([image_tensor(s.image, image_size) for s in found]), [s.caption for s in found])
 
-# %% ../nbs/82_exploring.ipynb #3c26f1ba
+# %% ../nbs/82_exploring.ipynb #94e7b565
 @dataclass
 class DataStatistics:
     "What some pictures and captions are like."
@@ -218,7 +219,7 @@ def data_statistics(
     return DataStatistics(np.array([s.image.size for s in found]), [len(s.caption.split()) for s in found], tokens, np.array([g.mean() for g in grey]),
                           np.array([g.std() for g in grey]), sorted(common.items(), key=lambda pair: (-pair[1], pair[0])), x.pipeline.tokenizer.context)
 
-# %% ../nbs/82_exploring.ipynb #d825c840
+# %% ../nbs/82_exploring.ipynb #6cf787bc
 def words_of(
     pipeline: Pipeline,  # whose tokenizer reads
     prompt: str,  # any text
@@ -253,7 +254,7 @@ def _grouped(texts: Sequence[str], ends: Sequence[bool], start: int, most: int) 
             found, word, columns = [*found, (word, columns)], "", []
     return found
 
-# %% ../nbs/82_exploring.ipynb #e22efcfc
+# %% ../nbs/82_exploring.ipynb #a5a6d763
 def statistics_table(
     found: DataStatistics,
 ) -> str:  # Markdown
@@ -292,7 +293,7 @@ def statistics_figure(
         axes.yaxis.label.set_size(8)
     return figure
 
-# %% ../nbs/82_exploring.ipynb #c68b9248
+# %% ../nbs/82_exploring.ipynb #b49fa2a3
 def channels_figure(
     x: Explored,  # with latents
     picture: int = 1,  # which of the training pictures, from 1
@@ -326,7 +327,7 @@ def channels_figure(
         panel.set_axis_off()
     return figure
 
-# %% ../nbs/82_exploring.ipynb #1ca00d3c
+# %% ../nbs/82_exploring.ipynb #9290f8ff
 def schedule_figure(
     diffusion: Diffusion,  # with any schedule
     steps: int | None = None,  # of a sampler whose times are marked (None: 25, or what the spacing says)
@@ -355,7 +356,7 @@ def schedule_figure(
         axes.yaxis.label.set_size(8)
     return figure
 
-# %% ../nbs/82_exploring.ipynb #fb7fd0d6
+# %% ../nbs/82_exploring.ipynb #11422a8d
 def _seen(pipeline: Pipeline, values: Tensor) -> Tensor:
     "What a network draws, as pictures [N, 3, S, S] in −1…1."
     with torch.no_grad():
@@ -394,7 +395,7 @@ def noised_figure(
         rows, texts = [*rows, _seen(p, torch.cat(seen))], [*texts, *(f"guess at {time:g}" for time in times)]
     return caption_grid(torch.cat(rows), texts, columns=len(times))
 
-# %% ../nbs/82_exploring.ipynb #c675a598
+# %% ../nbs/82_exploring.ipynb #3ab1d6ea
 @dataclass
 class AttentionMaps:
     "Where a network looks for each word while it draws."
@@ -441,7 +442,7 @@ def _word_maps(logits: Tensor, words: Sequence[tuple[str, list[int]]], shape: Se
     maps = [share[..., [c for c in columns if c < logits.shape[-1]]].sum(-1) for _, columns in words]
     return torch.stack(maps, 1).view(1, len(words), height, places // height)
 
-# %% ../nbs/82_exploring.ipynb #faa3d341
+# %% ../nbs/82_exploring.ipynb #30edf23d
 def attention_figure(
     found: AttentionMaps,
     step: int | None = None,  # from 1 (None: the mean over all)
@@ -460,7 +461,7 @@ def attention_figure(
     title = "picture" if step is None else f"guess at step {step}"
     return caption_grid([to_images(picture[None])[0], *tiles], [title, *texts], columns=8)
 
-# %% ../nbs/82_exploring.ipynb #77c81495
+# %% ../nbs/82_exploring.ipynb #89bfdbef
 def _shown_besides(x: Explored, picture: int = 0) -> dict[str, Any]:
     "What a network needs to be shown besides words: a training picture, and of one that fills in a mask that hides the right half."
     takes = x.pipeline.takes
@@ -519,7 +520,7 @@ def seeds_figure(
     drawn = generate(x.pipeline, [prompt] * len(seeds), seeds=list(seeds), precision="fp32", **_shown_besides(x), **sampling)
     return caption_grid(drawn, [f"seed {seed}" for seed in seeds])
 
-# %% ../nbs/82_exploring.ipynb #4feeb8c4
+# %% ../nbs/82_exploring.ipynb #4222ad86
 def samples_of(
     x: Explored,  # a network that draws
     count: int = 8,  # pictures, a prompt for each, again from the first where there are fewer
