@@ -83,7 +83,8 @@ def open_notebook(page, lab, name):
     url, token, _ = lab
     page.goto(f"{url}/lab/tree/{name}.ipynb?token={token}&reset")
     page.wait_for_selector(".jp-Notebook .jp-CodeCell")
-    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']", state="attached")
+    page.wait_for_selector(".jp-Toolbar-kernelName:has-text('Python 3')")  # before that, Run asks which kernel is meant
+    page.wait_for_selector("#jp-main-statusbar :text('| Idle')")
 
 
 def run_all(page):
