@@ -12,7 +12,8 @@ config = ConfigParser(delimiters=["="])
 config.read(HERE / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 
-RUN_NOTEBOOKS = ["train", "precompute", "evaluate", "audit", "copying", "search"]
+PYTHONS = ["3.11", "3.12", "3.13", "3.14"]  # 3.11 runs the tests; the others resolve, see RELEASE.md
+RUN_NOTEBOOKS = ["train", "precompute", "evaluate", "audit", "copying", "search", "explore"]
 
 
 class BuildWithNotebooks(build_py):
@@ -50,5 +51,16 @@ setup(
     extras_require=extras,
     entry_points={"console_scripts": [cfg["console_scripts"]]},
     cmdclass={"build_py": BuildWithNotebooks},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Environment :: Console",
+        "Framework :: Jupyter",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        *(f"Programming Language :: Python :: {version}" for version in ("3", "3 :: Only", *PYTHONS)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    project_urls={"Changelog": f"{cfg['git_url']}/blob/{cfg['branch']}/CHANGELOG.md", "Source": cfg["git_url"]},
     zip_safe=False,
 )

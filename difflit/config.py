@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PRESETS', 'SettingsError', 'nearest', 'Settings', 'JobSettings', 'RunSettings', 'DataSettings', 'CacheSettings',
            'FillSettings', 'ModelSettings', 'OptimizerSettings', 'SurvivalSettings', 'AutoencoderSettings',
-           'TrainSettings', 'JudgeSettings', 'EvaluateSettings', 'AuditSettings', 'SearchSettings', 'preset', 'shapes',
-           'digits', 'emoji', 'folder', 'glide_base', 'glide_inpaint', 'glide_upsample', 'glide_base_tiny',
-           'glide_inpaint_tiny', 'glide_upsample_tiny', 'noised_clip', 'clean_clip', 'latent_tiny', 'sd15',
-           'sd15_t5_sdxlvae', 'autoencoder_tiny', 'read_settings', 'read_options', 'what_is_given', 'resolve',
+           'TrainSettings', 'JudgeSettings', 'EvaluateSettings', 'AuditSettings', 'SearchSettings', 'ExploreSettings',
+           'preset', 'shapes', 'digits', 'emoji', 'folder', 'glide_base', 'glide_inpaint', 'glide_upsample',
+           'glide_base_tiny', 'glide_inpaint_tiny', 'glide_upsample_tiny', 'noised_clip', 'clean_clip', 'latent_tiny',
+           'sd15', 'sd15_t5_sdxlvae', 'autoencoder_tiny', 'read_settings', 'read_options', 'what_is_given', 'resolve',
            'notebook_parameters', 'settings_yaml', 'settings_table', 'parameters_cell']
 
 # %% ../nbs/00_config.ipynb #2acafd7f
@@ -376,6 +376,25 @@ class SearchSettings(JobSettings):
     poll_seconds: float = Field(2.0, gt=0, description="time between two looks at a trial")
     walltime: str | None = Field(None, description="stop and save before this time is over: 12:00:00, 90m, 1.5h; auto: what Slurm says (None: no limit)")
     grace_seconds: float = Field(30.0, ge=0, description="time from a scheduler's SIGTERM or SIGUSR2 to its kill; 0: no limit")
+
+# %% ../nbs/00_config.ipynb #836bb42c
+class ExploreSettings(JobSettings):
+    "All settings of `nbs/explore.ipynb`."
+
+    model: str = Field("", description="what is looked at: a run, a checkpoint or a name; empty: a small network, trained here")
+    small: str = Field("latent-tiny", description="of a small network: the preset that it is trained by")
+    steps: int = Field(300, ge=1, description="of a small network: weight updates, of 16 pictures each")
+    data: str | None = Field(None, description="pictures, as in training (None: those of the model's run, or of the preset)")
+    limit: int | None = Field(None, ge=1, description="only so many training samples (None: as the run trained on; of a small network 256)")
+    image_size: int | None = Field(None, ge=8, le=1024, description="pixels along a side, where no run says (None: as the preset folder has it)")
+    prompts: str | None = Field(None, description="a file with one prompt a line (None: captions that the model never saw, or some of training)")
+    pictures: int = Field(16, ge=1, le=64, description="pictures on a page")
+    samples: int = Field(8, ge=1, le=64, description="pictures drawn, whose neighbours are looked for")
+    samplers: str = Field("euler, heun, dpmpp_2m", description="that are drawn with beside each other, commas between; `difflit samplers` lists them")
+    guidances: str = Field("1, 2, 4", description="strengths of classifier-free guidance that are drawn with, commas between")
+    sampler_steps: int | None = Field(None, ge=1, le=1000, description="steps of the samplers (None: the model's own)")
+    compared: int = Field(2000, ge=1, description="training pictures at most that neighbours are looked for in, the first ones")
+    widgets: Literal["auto", "on", "off"] = Field("auto", description="sliders: auto: where a person has the notebook open; off: a picture in their place")
 
 # %% ../nbs/00_config.ipynb #44a0b7a4
 PRESETS: dict[str, Callable[[], dict]] = {}

@@ -109,14 +109,15 @@ def test_papermill_understands_every_parameter():
     """What papermill cannot parse it calls unknown, and leaves out of --help-notebook: an equals sign in a comment is enough."""
     from papermill.translators import PythonTranslator
 
-    from difflit.config import AuditSettings, EvaluateSettings, FillSettings, SearchSettings, TrainSettings, parameters_cell
+    from difflit.config import AuditSettings, EvaluateSettings, ExploreSettings, FillSettings, SearchSettings, TrainSettings, parameters_cell
 
-    for kind in (TrainSettings, FillSettings, EvaluateSettings, AuditSettings, SearchSettings):
+    for kind in (TrainSettings, FillSettings, EvaluateSettings, AuditSettings, SearchSettings, ExploreSettings):
         known = {parameter.name for parameter in PythonTranslator.inspect({"source": parameters_cell(kind)})}
         assert known == set(kind.model_fields)
 
 
-JOBS = {"train": "TrainSettings", "precompute": "FillSettings", "evaluate": "EvaluateSettings", "audit": "AuditSettings", "search": "SearchSettings"}
+JOBS = {"train": "TrainSettings", "precompute": "FillSettings", "evaluate": "EvaluateSettings", "audit": "AuditSettings", "search": "SearchSettings",
+        "explore": "ExploreSettings"}
 
 
 @pytest.mark.parametrize("name, kind", [*JOBS.items()])
