@@ -181,7 +181,8 @@ def _lexer(language: str) -> Lexer:
 
 COLOURS = [
     (Token.Comment, "c"), (Token.Literal.String, "s"), (Token.Literal.Number, "m"), (Token.Keyword.Constant, "m"), (Token.Keyword, "k"),
-    (Token.Operator.Word, "k"), (Token.Name.Function, "f"), (Token.Name.Class, "f"), (Token.Name.Decorator, "f"), (Token.Name.Builtin, "b"), (Token.Name.Variable, "b"),
+    (Token.Operator.Word, "k"), (Token.Name.Function, "f"), (Token.Name.Class, "f"), (Token.Name.Decorator, "f"),
+    (Token.Name.Builtin, "b"), (Token.Name.Variable, "b"),
 ]
 
 
