@@ -159,7 +159,7 @@ def _shape(node: ast.FunctionDef | ast.ClassDef, lines: list[str]) -> str:
 @cache
 def formula(latex: str, display: str) -> str:
     "MathML of LaTeX. Raises `ValueError` on what would reach the reader as a backslash."
-    made = mathml(re.sub(r"(\\big[lr])?\\[lr]Vert\b", r"\\|", latex.strip()), display=display)
+    made = mathml(re.sub(r"(\\big[lr])?\\[lr]Vert(?![A-Za-z])", r"\\Vert ", latex.strip()), display=display)
     if re.search(r"\\[A-Za-z]+|<merror", made):
         raise ValueError(f"this formula cannot be shown: {latex}")
     return made
