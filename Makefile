@@ -6,7 +6,7 @@ PRESET ?= shapes
 RUN ?= runs/$(shell date +%Y%m%d-%H%M%S)-$(PRESET)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install train test slow bench readme clean
+.PHONY: help install train test slow bench readme docs clean
 
 help:
 	@echo "make train    set up, train the default model (PRESET=$(PRESET)), leave an executed notebook as its report"
@@ -14,6 +14,7 @@ help:
 	@echo "make slow     tests that take minutes"
 	@echo "make bench    side-by-side benchmarks"
 	@echo "make readme   README.md from nbs/index.ipynb"
+	@echo "make docs     the notebooks as a web site in _docs, every link checked"
 
 install: $(STAMP)
 
@@ -58,5 +59,8 @@ bench: $(STAMP)
 readme: $(STAMP)
 	$(BIN)/python tests/build_readme.py
 
+docs: $(STAMP)
+	$(BIN)/python docs/build.py
+
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf _docs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
