@@ -264,7 +264,7 @@ class Unread:
         "No tokens."
         return {}
 
-
+# %% ../nbs/71_recipes.ipynb #28c73675
 @dataclass
 class TrainingJob:
     "A run that is ready to train."
@@ -1196,7 +1196,7 @@ def score_job(
         atomic_write(job.run.path / "samples" / "final.png", caption_grid(images[:32], captions[:32]).png())
     return Judged(images, captions, scores, shown, truth, _enlarge(job, images[:PREVIEWS], captions[:PREVIEWS]))
 
-# %% ../nbs/71_recipes.ipynb #1ad840f2
+# %% ../nbs/71_recipes.ipynb #220ae549
 def parse_heads(
     text: str,  # such as "segmentation=1, label:10=0.1": names, classes behind a colon where the data do not know them, weights
 ) -> dict[str, tuple[float, int | None]]:  # name → weight, classes
@@ -1247,7 +1247,7 @@ def batch_beside(
     places, samples = [row[0] for row in found], [row[1] for row in found]
     return put_together(np.stack([row[2] for row in found]), [s.caption for s in samples], [s.id for s in samples], places, encode, extras=beside)
 
-# %% ../nbs/71_recipes.ipynb #80fa8d8f
+# %% ../nbs/71_recipes.ipynb #7a97e3c7
 def _head_of(source: Source, column: Column, classes: int | None) -> dict[str, Any]:
     "What a head shall predict. Raises `SettingsError` where nobody says how many classes there are, or there are more."
     if column.kind == "picture":
@@ -1303,7 +1303,7 @@ def _coding_task(settings: TrainSettings, model: TrainableAutoencoder, name: str
     heads = {name: weight for name, (weight, _) in parse_heads(settings.heads).items()}
     return create_task(name, seed=settings.seed, rgb=settings.rgb_loss, kl_weight=settings.kl_weight, heads=heads, terms=terms)
 
-# %% ../nbs/71_recipes.ipynb #c8318933
+# %% ../nbs/71_recipes.ipynb #9a1818a7
 def _coded_rows(job: TrainingJob, model: nn.Module | None = None) -> dict[str, Tensor]:
     "The previews' pictures, and what the average, or another network, makes of them."
     source = job.data.held_out or job.data.train
@@ -1346,7 +1346,7 @@ def _head_scores(name: str, kind: str, counts: Tensor) -> dict[str, Any]:
     return {f"{name}.miou": bootstrap_score(over(mean_iou), len(counts), f"mean IoU of {counts.shape[-1]} classes {said}"),
             f"{name}.pixels": bootstrap_score(over(hit_rate), len(counts), f"share of right classes {said}")}
 
-# %% ../nbs/71_recipes.ipynb #e5a81ff1
+# %% ../nbs/71_recipes.ipynb #0c83a294
 def _plain_batches(source: Source, image_size: int, images: int, size: int = 64) -> Iterator[dict[str, Any]]:
     "Pictures as a fill of the cache sees them: whole, in the middle, unvaried."
     for start in range(0, images, size):
