@@ -252,7 +252,7 @@ class SurvivalSettings(OptimizerSettings):
         "tensorboard", description="where metrics go besides metrics.csv, comma between: tensorboard, jsonl, wandb, prometheus, none")
     statistics_every_steps: int = Field(10, ge=0, description="gradient and weight norms by part of the network; 0: never")
 
-# %% ../nbs/00_config.ipynb #e1772ad0
+# %% ../nbs/00_config.ipynb #f152d847
 class AutoencoderSettings(SurvivalSettings):
     "Autoencoders: size, losses, heads."
 
@@ -557,7 +557,7 @@ def sd15_t5_sdxlvae() -> dict:
     `papermill nbs/train.ipynb out.ipynb -p preset sd15-t5-sdxlvae -p data my_pictures`; a GPU. `-p init_from scratch` starts from nothing."""
     return {**_LATENT, "vae": "sdxl-vae", "text_encoder": "t5-xxl", "epochs": 100, "lr": 1e-4, "weight_decay": 0.1, "clip_norm": 0.5}
 
-# %% ../nbs/00_config.ipynb #f6782c6f
+# %% ../nbs/00_config.ipynb #6294e3fc
 @preset
 def autoencoder_tiny() -> dict:
     """An autoencoder for latents of one's own: drawn scenes, their segmentation and class.

@@ -119,7 +119,7 @@ def _register_autoencoder() -> None:
 
         family("autoencoder", AutoencoderConfig, TrainableAutoencoder, {name: re.compile(pattern).search for name, pattern in _AUTOENCODER_PARTS.items()})
 
-
+# %% ../nbs/35_models.ipynb #709010ab
 def _family_of(model: nn.Module) -> str:
     "The family's name. Raises `ValueError` if none is registered for the model's config."
     config: Any = getattr(model, "config", None)

@@ -264,7 +264,7 @@ class Unread:
         "No tokens."
         return {}
 
-
+# %% ../nbs/71_recipes.ipynb #e02249b2
 @dataclass
 class TrainingJob:
     "A run that is ready to train."
@@ -1196,7 +1196,7 @@ def score_job(
         atomic_write(job.run.path / "samples" / "final.png", caption_grid(images[:32], captions[:32]).png())
     return Judged(images, captions, scores, shown, truth, _enlarge(job, images[:PREVIEWS], captions[:PREVIEWS]))
 
-# %% ../nbs/71_recipes.ipynb #1ad840f2
+# %% ../nbs/71_recipes.ipynb #30485bc7
 def parse_heads(
     text: str,  # such as "segmentation=1, label:10=0.1": names, classes behind a colon where the data do not know them, weights
 ) -> dict[str, tuple[float, int | None]]:  # name → weight, classes
@@ -1222,7 +1222,7 @@ def job_columns(
     given = parse_columns(settings.extras)
     return given + parse_columns([name for name in parse_heads(settings.heads) if name not in {column.name for column in given}])
 
-
+# %% ../nbs/71_recipes.ipynb #88853e2a
 def batch_beside(
     source: Source,  # not damaged, or it is left out
     indices: Iterable[int],  # which samples
@@ -1247,7 +1247,7 @@ def batch_beside(
     places, samples = [row[0] for row in found], [row[1] for row in found]
     return put_together(np.stack([row[2] for row in found]), [s.caption for s in samples], [s.id for s in samples], places, encode, extras=beside)
 
-# %% ../nbs/71_recipes.ipynb #80fa8d8f
+# %% ../nbs/71_recipes.ipynb #b3eef328
 def _head_of(source: Source, column: Column, classes: int | None) -> dict[str, Any]:
     "What a head shall predict. Raises `SettingsError` where nobody says how many classes there are, or there are more."
     if column.kind == "picture":
@@ -1272,7 +1272,7 @@ def _given_coder(settings: TrainSettings) -> TrainableAutoencoder:
     vae = load_autoencoder(start).vae
     return TrainableAutoencoder(AutoencoderConfig(dict(vae.config)), vae)
 
-
+# %% ../nbs/71_recipes.ipynb #17d18558
 def coding_network(
     settings: TrainSettings,  # resolved
     source: Source,  # training samples, whose columns the heads predict
@@ -1303,7 +1303,7 @@ def _coding_task(settings: TrainSettings, model: TrainableAutoencoder, name: str
     heads = {name: weight for name, (weight, _) in parse_heads(settings.heads).items()}
     return create_task(name, seed=settings.seed, rgb=settings.rgb_loss, kl_weight=settings.kl_weight, heads=heads, terms=terms)
 
-# %% ../nbs/71_recipes.ipynb #c8318933
+# %% ../nbs/71_recipes.ipynb #e42950a9
 def _coded_rows(job: TrainingJob, model: nn.Module | None = None) -> dict[str, Tensor]:
     "The previews' pictures, and what the average, or another network, makes of them."
     source = job.data.held_out or job.data.train
@@ -1312,7 +1312,7 @@ def _coded_rows(job: TrainingJob, model: nn.Module | None = None) -> dict[str, T
     with torch.inference_mode(), job.state.precision.autocast():
         return {name: row.cpu() for name, row in reconstructions((model or average_of(job)).eval(), batch).items()}  # type: ignore[arg-type]
 
-
+# %% ../nbs/71_recipes.ipynb #ac8c2b2c
 @torch.inference_mode()
 def coding_scores(
     job: TrainingJob,  # whose held-out pictures are reconstructed
@@ -1346,7 +1346,7 @@ def _head_scores(name: str, kind: str, counts: Tensor) -> dict[str, Any]:
     return {f"{name}.miou": bootstrap_score(over(mean_iou), len(counts), f"mean IoU of {counts.shape[-1]} classes {said}"),
             f"{name}.pixels": bootstrap_score(over(hit_rate), len(counts), f"share of right classes {said}")}
 
-# %% ../nbs/71_recipes.ipynb #e5a81ff1
+# %% ../nbs/71_recipes.ipynb #ba4726af
 def _plain_batches(source: Source, image_size: int, images: int, size: int = 64) -> Iterator[dict[str, Any]]:
     "Pictures as a fill of the cache sees them: whole, in the middle, unvaried."
     for start in range(0, images, size):
@@ -1364,7 +1364,7 @@ def measure_coder(
     whole = len(source) if len(source) < 10**9 else max(position, settings.batch_size)
     return measure_latents(model, _plain_batches(source, settings.image_size, min(settings.latent_images or whole, len(source))))
 
-
+# %% ../nbs/71_recipes.ipynb #e938b658
 def export_coder(
     checkpoint: str | Path,  # a run or one of its checkpoints
     folder: str | Path,  # becomes an AutoencoderKL of diffusers
@@ -1386,7 +1386,7 @@ def export_coder(
     found = measure_coder(model.to(memory_format=torch.channels_last), settings, open_split(settings, "train", settings.limit))
     return save_autoencoder(folder, model, found, settings.latent_shift, kinds[dtype], data=card.get("data"), image_size=card.get("image_size"))
 
-
+# %% ../nbs/71_recipes.ipynb #9a7c03cb
 def _score_coder(job: TrainingJob) -> Judged:
     "Choose the weights, measure their latents, export them, judge them. Writes `vae/`, `scores.json` and `samples/final.png`."
     s, model, step = job.settings, average_of(job), job.state.step
