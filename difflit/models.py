@@ -99,23 +99,35 @@ family("glide", GlideConfig, Glide, {name: re.compile(pattern).search for name, 
 family("clip", ClipConfig, Clip, {part: re.compile(rf"^{part}_encoder\.").match for part in ("text", "image")})
 
 # %% ../nbs/35_models.ipynb #8bc6cb38
-def _register_latent() -> None:
-    "Latent networks are registered when the first is met: their libraries take seconds to import."
-    if "latent" not in FAMILIES:
-        from difflit.adapters import LATENT_PARTS, build_latent
-        from difflit.latent import LatentConfig
+def _register_late(name: str) -> None:
+    "Latent networks and those with a control branch are registered when the first is met: their libraries take seconds to import."
+    if name in FAMILIES or name not in ("latent", "controlled-glide", "controlled-latent"):
+        return
+    from difflit.adapters import LATENT_PARTS, build_latent
+    from difflit.latent import LatentConfig
 
-        family("latent", LatentConfig, build_latent, {name: re.compile(pattern).search for name, pattern in LATENT_PARTS.items()})
+    family("latent", LatentConfig, build_latent, {part: re.compile(pattern).search for part, pattern in LATENT_PARTS.items()})
+    from difflit.controlnet import ControlledGlide, ControlledGlideConfig, ControlledLatent, ControlledLatentConfig
+
+    parts = {base: {part: _outside(belongs) for part, belongs in PARTS[base].items()} | {"control": re.compile(r"^control\.").match} for base in ("glide", "latent")}
+    family("controlled-glide", ControlledGlideConfig, ControlledGlide, parts["glide"])
+    family("controlled-latent", ControlledLatentConfig, lambda c: ControlledLatent(c).to(memory_format=torch.channels_last), parts["latent"])  # type: ignore[call-overload]
+
+
+def _outside(belongs: Part) -> Part:
+    "A part of the base: the branch has many of the same names."
+    return lambda name: not name.startswith("control.") and belongs(name)
 
 
 def _family_of(model: nn.Module) -> str:
     "The family's name. Raises `ValueError` if none is registered for the model's config."
     config: Any = getattr(model, "config", None)
-    if type(config).__module__ == "difflit.latent":
-        _register_latent()
-    for name, (kind, _) in FAMILIES.items():
-        if isinstance(config, kind):
-            return name
+    if type(config).__module__ in ("difflit.latent", "difflit.controlnet"):
+        _register_late("latent")
+    for fits in (lambda kind: type(config) is kind, lambda kind: isinstance(config, kind)):  # the config of a branch is also one of its base
+        for name, (kind, _) in FAMILIES.items():
+            if fits(kind):
+                return name
     raise ValueError(f"{type(model).__name__} has no .config of a registered family ({', '.join(FAMILIES)}); register one with `family`")
 
 
@@ -138,8 +150,7 @@ def build_model(
 ) -> nn.Module:  # with random weights
     "The network that a description describes. Raises `SettingsError` on an unknown family."
     name = str(card.get("family"))
-    if name == "latent":
-        _register_latent()
+    _register_late(name)
     if name not in FAMILIES:
         raise SettingsError(f"there is no family of models {name!r}{nearest(name, FAMILIES)}")
     config, build = FAMILIES[name]
