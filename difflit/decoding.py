@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DECODERS', 'Box', 'DamagedImage', 'Header', 'peek', 'available_decoders', 'pick_decoder', 'scale_divisor',
-           'resize_cut', 'decode_cut', 'decode_full']
+           'resize_cut', 'taken_box', 'decode_cut', 'decode_full']
 
 # %% ../nbs/13_decoding.ipynb #ce1cd6af
 import importlib
@@ -316,6 +316,35 @@ def _jpeg_pixels(content: bytes, header: Header, divisor: int, decoder: str) -> 
         raise DamagedImage(f"the JPEG says {header.width} × {header.height} pixels and holds {pixels.shape[1] * divisor} × {pixels.shape[0] * divisor}")
     return pixels
 
+# %% ../nbs/13_decoding.ipynb #f06f4b9a
+def _on_grids(header: Header, box: Box, size: tuple[int, int], margin: float) -> tuple[int, tuple[int, int], tuple[int, int]]:
+    "The scale at which a JPEG is decoded for a cut, and the columns and rows of it that are taken."
+    stored = box if header.orientation == 1 else _stored(box, header)
+    divisor = scale_divisor(stored, size if header.orientation < 5 else (size[1], size[0]), margin)
+    return divisor, _on_grid(stored[0], stored[2], header.width, divisor), _on_grid(stored[1], stored[3], header.height, divisor)
+
+
+def taken_box(
+    header: Header,  # of an image file
+    box: Box,  # what is wanted, in pixels of the upright picture
+    size: tuple[int, int],  # width and height of the result
+    margin: float = 1.1,  # as `decode_cut` gets it
+) -> Box:  # what `decode_cut` takes, in pixels of the upright picture
+    "The box rounded to the grid on which a JPEG is decoded: what lies beside a picture must be cut there, not where it was asked."
+    if header.format != "jpeg":
+        return box
+    divisor, (x0, x1), (y0, y1) = _on_grids(header, box, size, margin)
+    left, right, top, bottom = x0 * divisor, min(x1 * divisor, header.width), y0 * divisor, min(y1 * divisor, header.height)
+    transposed, across, down = _TURNS[header.orientation]
+    if transposed:
+        left, top, right, bottom = top, left, bottom, right
+    width, height = header.size
+    if across:
+        left, right = width - right, width - left
+    if down:
+        top, bottom = height - bottom, height - top
+    return float(left), float(top), float(right), float(bottom)
+
 # %% ../nbs/13_decoding.ipynb #32523195
 def decode_cut(
     content: bytes,  # an image file
@@ -333,11 +362,8 @@ def decode_cut(
         raise ValueError(f"the box {box} does not lie in a picture of {width} × {height} pixels")
     if header.format != "jpeg":
         return resize_cut(_pillow_image(content), (max(left, 0), max(top, 0), min(right, width), min(bottom, height)), size)
-    if header.orientation != 1:
-        left, top, right, bottom = _stored(box, header)
     stored_size = size if header.orientation < 5 else (size[1], size[0])
-    divisor = scale_divisor((left, top, right, bottom), stored_size, margin)
-    (x0, x1), (y0, y1) = _on_grid(left, right, header.width, divisor), _on_grid(top, bottom, header.height, divisor)
+    divisor, (x0, x1), (y0, y1) = _on_grids(header, box, size, margin)
     name = pick_decoder(decoder)
     if name == "pil":  # the same cut, out of the full picture
         x0, x1, y0, y1 = x0 * divisor, min(x1 * divisor, header.width), y0 * divisor, min(y1 * divisor, header.height)

@@ -14,7 +14,7 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -23,12 +23,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 import difflit.sources  # noqa: F401  the built-in sources register themselves
-from .augmentation import Augmentation, draw, nearest_bucket, prepare
+from .augmentation import Augmentation, Cut, cut_labels, cut_picture, draw, nearest_bucket, prepare, prepare_cut
 from .config import nearest
-from .data import SOURCES, DataError, Encode, Encoded, Sample, Skipped, Source, _numbers, assemble
+from .data import SOURCES, UNKNOWN, Column, DamagedSample, DataError, Encode, Encoded, MissingColumn, Sample, Skipped, Source, _numbers, assemble, parse_columns
 from .decoding import pick_decoder
 from .files import digest_bytes
 from .folders import IMAGE_SUFFIXES, FolderSource
@@ -91,6 +92,19 @@ class MixedSource(Source):
         source, inside = self._part(index)
         kind: Any = type(source)
         return source.encoded(inside, **({} if metadata else _lean(kind)))
+
+    def extras(self, index: int, columns: Sequence[Column]) -> dict[str, Image.Image | int | float]:
+        source, inside = self._part(index)
+        return source.extras(inside, columns)
+
+    def class_names(self, column: Column) -> list[str]:
+        "Raises `DataError` where one number means different things in different parts."
+        found = {name: names for name, names in zip(self.names, (s.class_names(column) for s in self.sources)) if names}
+        first, *others = found or [""]
+        if different := [other for other in others if found[other] != found[first]]:
+            raise DataError(f"the classes of the column {column.name!r} are {', '.join(found[first][:8])} in {first}, and "
+                            f"{', '.join(found[different[0]][:8])} in {different[0]}: one number would mean two things")
+        return found.get(first, [])
 
     def sizes(self) -> np.ndarray | None:
         return _all_known([s.sizes() for s in self.sources])
@@ -309,7 +323,93 @@ def _read(source: Source, index: int) -> Sample | Encoded:
     except Exception as error:  # a source that makes its pictures can raise anything
         raise _Bad("", str(error) or type(error).__name__) from error
 
+# %% ../nbs/17_loading.ipynb #c4c0909a
+def _numbers_fit(values: Any, column: Column, names: Sequence[str]) -> None:
+    "Refuse numbers of classes that do not exist. Raises `DamagedSample`."
+    low, high = int(np.min(values)), int(np.max(np.where(np.asarray(values) == UNKNOWN, 0, values)) if column.kind == "labels" else np.max(values))
+    most = len(names) - 1 if names else UNKNOWN - 1
+    if low < 0 or high > most:
+        listed = f" ({', '.join(names[:12])}{' …' if len(names) > 12 else ''})" if names else ""
+        unknown = f", or {UNKNOWN} where nothing is known" if column.kind == "labels" else ""
+        raise DamagedSample(f"its {column.name} holds {low if low < 0 else high}, and classes are numbered 0…{most}{listed}{unknown}")
+
+
+@dataclass
+class _Besides:
+    "Reads and cuts what samples have besides."
+
+    source: Source
+    columns: tuple[Column, ...]
+    names: dict[str, list[str]]  # of classes, by column
+    dtypes: dict[str, type]  # of the columns that are numbers
+
+    def __call__(self, index: int, cut: Cut, id: str = "") -> dict[str, Any]:
+        "The columns of a sample as they go into a batch. Raises `OSError` if they cannot be read, `_Bad` if they cannot be used."
+        try:
+            found = self._read(index)
+            return {c.name: self._ready(c, found[c.name], cut) for c in self.columns}
+        except OSError:
+            raise
+        except Exception as error:  # a source of one's own can raise anything
+            raise _Bad(id, str(error).removeprefix("damaged: ") or type(error).__name__) from error
+
+    def _read(self, index: int) -> dict[str, Any]:
+        "The columns as the source has them; a failing disk is asked again."
+        for pause in _PATIENCE_SECONDS:
+            try:
+                return self.source.extras(index, self.columns)
+            except (FileNotFoundError, PermissionError):
+                raise
+            except OSError:
+                time.sleep(pause)
+        return self.source.extras(index, self.columns)
+
+    def _ready(self, column: Column, value: Any, cut: Cut) -> Any:
+        if column.kind == "picture":
+            return cut_picture(value, cut)
+        if column.kind == "labels":
+            value = cut_labels(value, cut)
+        elif self.dtypes[column.name] is np.float32:
+            return value
+        if not isinstance(value, (np.ndarray, int)):
+            raise DamagedSample(f"its {column.name} is {value!r}, and the first samples' are whole numbers")
+        if column.kind == "labels" or self.names[column.name]:
+            _numbers_fit(value, column, self.names[column.name])
+        return value
+
+    def places(self, count: int, size: tuple[int, int]) -> dict[str, np.ndarray]:
+        "Room for the columns of a batch."
+        rooms = {"labels": (count, size[1], size[0]), "picture": (count, size[1], size[0], 3), "number": (count,)}
+        dtypes = {"labels": np.int64, "picture": np.uint8}
+        return {c.name: np.empty(rooms[c.kind], dtypes.get(c.kind) or self.dtypes[c.name]) for c in self.columns}
+
+
+def _look_beside(source: Source, columns: Sequence[Column]) -> _Besides | None:
+    "Make ready to read columns; nothing where there are none. Raises `MissingColumn` if none of the first samples has one of them."
+    if not columns:
+        return None
+    names: dict[str, list[str]] = {c.name: source.class_names(c) for c in columns}
+    dtypes: dict[str, type] = {}
+    for column in columns:
+        missing: list[MissingColumn] = []
+        for index in range(min(8, len(source))):
+            try:
+                value = source.extras(index, [column])[column.name]
+                if column.kind == "number":
+                    dtypes[column.name] = np.float32 if isinstance(value, float) or dtypes.get(column.name) is np.float32 else np.int64
+            except MissingColumn as error:
+                missing.append(error)
+            except (DataError, OSError):
+                pass  # damage is met again, and counted, when the sample's turn comes
+        if len(missing) == min(8, len(source)):
+            raise MissingColumn(f"{source.name}: {missing[0]}")
+        dtypes.setdefault(column.name, np.int64)
+    return _Besides(source, tuple(columns), names, dtypes)
+
 # %% ../nbs/17_loading.ipynb #8783bd48
+_Ready = tuple[np.ndarray, str, str, dict[str, Any]]  # pixels, caption, id, columns
+
+
 @dataclass
 class _Fetcher:
     "Reads and prepares single samples, and substitutes for damaged ones."
@@ -319,22 +419,28 @@ class _Fetcher:
     size: Callable[[int], tuple[int, int]]  # of a position's batch, width and height
     augmentation: Augmentation
     decoder: str
-    cache: dict[int, tuple[np.ndarray, str, str]] | None  # prepared samples by index, where they are kept
+    cache: dict[int, _Ready] | None  # prepared samples by index, where they are kept
+    besides: _Besides | None = None  # reads columns
 
-    def one(self, index: int, position: int, draws: np.ndarray | None) -> tuple[np.ndarray, str, str]:
-        "Pixels, caption and id of a sample."
+    def one(self, index: int, position: int, draws: np.ndarray | None) -> _Ready:
+        "Pixels, caption and id of a sample, and its columns."
         if self.cache is not None and index in self.cache:
             return self.cache[index]
         sample = _read(self.source, index)
+        cut: Cut | None = None
         try:
-            pixels = prepare(sample, self.size(position), self.augmentation, draws, self.decoder)
+            if self.besides is None:
+                pixels = prepare(sample, self.size(position), self.augmentation, draws, self.decoder)
+            else:
+                pixels, cut = prepare_cut(sample, self.size(position), self.augmentation, draws, self.decoder)
         except Exception as error:  # a damaged file can make a decoder raise anything
             raise _Bad(sample.id, str(error).removeprefix("damaged: ") or type(error).__name__) from error
+        extras = {} if self.besides is None or cut is None else self.besides(index, cut, sample.id)
         if self.cache is not None:
-            self.cache[index] = pixels, sample.caption, sample.id
-        return pixels, sample.caption, sample.id
+            self.cache[index] = pixels, sample.caption, sample.id, extras
+        return pixels, sample.caption, sample.id, extras
 
-    def __call__(self, index: int, position: int, draws: np.ndarray | None, bad: list[Damaged]) -> tuple[np.ndarray, str, str, int]:
+    def __call__(self, index: int, position: int, draws: np.ndarray | None, bad: list[Damaged]) -> tuple[np.ndarray, str, str, dict[str, Any], int]:
         "The sample that is delivered at a position: the one whose turn it is, or its substitute; and which that is."
         for attempt in range(1, 101):
             try:
@@ -351,10 +457,11 @@ class _Fetcher:
 class _Batch:
     "A batch in the making: places for its pictures, filled by several threads."
 
-    def __init__(self, positions: range, size: tuple[int, int], parts: int):
+    def __init__(self, positions: range, size: tuple[int, int], parts: int, besides: _Besides | None = None):
         self.positions, self.left, self.lock = positions, parts, threading.Lock()
         self.pixels = np.empty((len(positions), size[1], size[0], 3), np.uint8)
         self.captions, self.ids, self.indices = [""] * len(positions), [""] * len(positions), np.zeros(len(positions), np.int64)
+        self.extras = {} if besides is None else besides.places(len(positions), size)
         self.bad: list[Damaged] = []
         self.error: BaseException | None = None
         self.ready: Future[dict[str, Any]] = Future()
@@ -370,8 +477,11 @@ class _Batch:
                 if at == _STRETCH:
                     plans, at = plan(self.positions[i])
                 draws = None if plans.draws is None else plans.draws[at]
-                pixels, caption, self.ids[i], self.indices[i] = fetch(int(plans.indices[at]), self.positions[i], draws, bad)
-                self.pixels[i] = pixels[:, ::-1] if plans.mirrored is not None and plans.mirrored[at] else pixels
+                pixels, caption, self.ids[i], extras, self.indices[i] = fetch(int(plans.indices[at]), self.positions[i], draws, bad)
+                mirrored = plans.mirrored is not None and plans.mirrored[at]
+                self.pixels[i] = pixels[:, ::-1] if mirrored else pixels
+                for name, value in extras.items():
+                    self.extras[name][i] = value[:, ::-1] if mirrored and isinstance(value, np.ndarray) else value
                 self.captions[i] = "" if plans.silent is not None and plans.silent[at] else caption
                 at += 1
         except BaseException as error:
@@ -516,7 +626,7 @@ class _Making(_Workshop):
         count = self.batch_size if self._end is None else min(self.batch_size, self._end - start)
         positions = range(start + self.rank * count // self.world, start + (self.rank + 1) * count // self.world)
         parts = max(1, min(self.workers, len(positions) // 4))
-        batch = _Batch(positions, self._sizes(start // self.batch_size), parts)
+        batch = _Batch(positions, self._sizes(start // self.batch_size), parts, self._fetch.besides)
         for position in (positions.start, positions.stop - 1):  # planned here: torch would wake a team of threads in every worker
             self._plan(position)
         for part in range(parts):
@@ -603,6 +713,7 @@ class Loader(_Delivery):
         decoder: str = "auto",  # of JPEGs; the names are in `difflit.decoding`
         raw: bool = False,  # hand out pictures as bytes, which `as_numbers` makes numbers; beside a GPU in memory it can fetch from by itself
         cache_bytes: int = 2**26,  # keep the pictures of a source ready in memory if all of them fit
+        columns: str | Sequence[Column] = (),  # what batches hold besides, such as "segmentation, label"; see `difflit.data.parse_columns`
     ):
         "Raises `DataError` if the source is empty or lacks what is asked for, `ValueError` if a batch cannot be divided among the ranks."
         ours, everybody = rank_and_world()
@@ -612,14 +723,16 @@ class Loader(_Delivery):
         self.order = make_order(source, seed=seed, batch_size=batch_size, drop_last=drop_last, block=block, balance=balance, buckets=buckets)
         self._end, self._sizes = _end(self.order, epochs, batch_size, self.world), _batch_sizes(self.order, source, list(buckets), image_size)
         self.decoder, self.damaged, self._on_bad, self._most_bad = pick_decoder(decoder), {}, on_bad, most_bad(bad_samples, len(source))
-        augmentation, fits = Augmentation(crop=crop, jitter=jitter, trim=trim), len(source) * image_size**2 * 3 <= cache_bytes
+        self.columns, pixel_bytes = parse_columns(columns), 3
+        pixel_bytes += sum({"picture": 3, "labels": 4, "number": 0}[c.kind] for c in self.columns)
+        augmentation, fits = Augmentation(crop=crop, jitter=jitter, trim=trim), len(source) * image_size**2 * pixel_bytes <= cache_bytes
         self._fetch = _Fetcher(source, self.order, lambda p: self._sizes(p // batch_size), augmentation, self.decoder,
-                               {} if fits and crop == 1 and not jitter else None)
+                               {} if fits and crop == 1 and not jitter else None, _look_beside(source, self.columns))
         self._plan, self._asked_decoder = _Planner(self.order, seed, augmentation, flip, uncond_p), decoder
-        self.varied = _varied(crop=crop, flip=flip, jitter=jitter, trim=trim, uncond_p=uncond_p)
+        self.varied = _varied(self.columns, crop=crop, flip=flip, jitter=jitter, trim=trim, uncond_p=uncond_p)
         weights = sample_weights(source, class_weights, balance)
         self._finish = lambda made: put_together(made.pixels, made.captions, made.ids, made.positions, encode, raw,
-                                                 None if weights is None else weights[made.indices])
+                                                 None if weights is None else weights[made.indices], made.extras)
         self._open(workers, position)
 
 # %% ../nbs/17_loading.ipynb #5692dfed
@@ -631,17 +744,20 @@ def put_together(
     encode: Encode | None = None,  # captions → more keys
     raw: bool = False,  # leave the pictures as bytes, beside a GPU in memory that it can fetch from by itself
     weights: np.ndarray | None = None,  # float32 [B], how much each sample counts; None: no `weight`
+    extras: Mapping[str, np.ndarray] | None = None,  # columns: labels [B, H, W], pictures uint8 [B, H, W, 3], numbers [B]
 ) -> dict[str, Any]:  # a batch
     "A batch from pixels, as every loader hands it out."
     image = torch.from_numpy(pixels).permute(0, 3, 1, 2) if raw else _numbers(pixels)
     batch = assemble(image, captions, ids, positions, encode) | ({} if weights is None else {"weight": torch.from_numpy(weights)})
+    batch |= {name: _numbers(v) if v.ndim == 4 else torch.from_numpy(v) for name, v in (extras or {}).items()}
     return {k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in batch.items()} if raw and torch.cuda.is_available() else batch
 
 
-def _varied(**settings: float | bool) -> str:
-    "What is varied, in words."
+def _varied(columns: Sequence[Column] = (), **settings: float | bool) -> str:
+    "What is varied, in words, and which columns there are."
     usual = {"crop": 1.0, "flip": False, "jitter": 0.0, "trim": False, "uncond_p": 0.0}
-    return " ".join(f"{name}={value:g}" if not isinstance(value, bool) else name for name, value in settings.items() if value != usual[name])
+    said = [f"{name}={value:g}" if not isinstance(value, bool) else name for name, value in settings.items() if value != usual[name]]
+    return " ".join([*said, *(["columns=" + ",".join(map(str, columns))] if columns else [])])
 
 
 def differences(

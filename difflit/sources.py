@@ -5,24 +5,27 @@
 # %% auto #0
 __all__ = ['SHAPES', 'COLOURS', 'BACKGROUNDS', 'CANVAS', 'POSITIONS', 'RELATIONS', 'DIGIT_WORDS', 'EMOJI_FONT', 'Thing', 'Scene',
            'size_word', 'position_word', 'relation_word', 'scene_caption', 'parse_caption', 'shape_mask',
-           'render_scene', 'scene_split', 'draw_scene', 'ShapesSource', 'digit_of', 'DigitsSource', 'emoji_points',
-           'make_emoji_tar', 'spread', 'EmojiSource']
+           'render_scene', 'scene_labels', 'layout_picture', 'scene_split', 'draw_scene', 'ShapesSource', 'digit_of',
+           'DigitsSource', 'emoji_points', 'make_emoji_tar', 'spread', 'paper_and_drawing', 'EmojiSource']
 
 # %% ../nbs/12_sources.ipynb #610ce5c2
+import bisect
 import hashlib
 import io
 import re
 import tarfile
 import unicodedata
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .data import DataError, Sample, Source, check_split, source
+from .data import UNKNOWN, Column, DataError, MissingColumn, Sample, Source, check_split, source
 from .files import atomic_write, digest_bytes
 from .randomness import generator
 
@@ -214,6 +217,28 @@ def render_scene(
         pixels[top : top + h, left : left + w] += patch
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
+# %% ../nbs/12_sources.ipynb #57bc0d3e
+_LAYOUT = np.array([(0, 0, 0), (230, 60, 60), (60, 120, 230), (70, 190, 80), (240, 200, 60), (170, 80, 200)], np.uint8)
+
+
+def scene_labels(
+    scene: Scene,  # what is drawn
+    size: int = 32,  # pixels along the side
+) -> Image.Image:  # mode L, size × size: 0 background, else 1 + the place of the shape in SHAPES
+    "The class of every pixel of a scene."
+    numbers, ticks, scale = np.zeros((size, size), np.uint8), np.arange(size) + 0.5, size / CANVAS
+    for t in scene.things:
+        x, y, r = t.x * scale, t.y * scale, t.diameter * scale / 2
+        numbers[_inside(t.shape, (ticks[None, :] - x) / r, (ticks[:, None] - y) / r)] = 1 + SHAPES.index(t.shape)
+    return Image.fromarray(numbers)
+
+
+def layout_picture(
+    labels: Image.Image | np.ndarray,  # classes as `scene_labels` numbers them
+) -> Image.Image:  # RGB, a colour for each class on black
+    "A map of shapes as a picture that a control network can look at."
+    return Image.fromarray(_LAYOUT[np.asarray(labels)])
+
 # %% ../nbs/12_sources.ipynb #b1b95517
 def _straight(scene: Scene) -> Scene:
     "The same scene told from its left or upper thing."
@@ -263,6 +288,35 @@ def draw_scene(
         if scene_split(scene) == split:
             return scene
 
+# %% ../nbs/12_sources.ipynb #af99ff06
+def _made(name: str, column: Column, makers: Mapping[tuple[str, str], Callable[[], Any]]) -> Any:
+    "A column's value from a table of (kind, key). Raises `MissingColumn` with what the table has."
+    if (maker := makers.get((column.kind, column.key))) is None:
+        known = ", ".join(f"{key}:{kind}" for kind, key in makers)
+        raise MissingColumn(f"{name} have no column {column.key!r} of the kind {column.kind!r}; they have {known}")
+    return maker()
+
+
+_SHAPE_NAMES: dict[tuple[str, str], list[str]] = {
+    ("labels", "segmentation"): ["background", *SHAPES],
+    ("number", "label"): [*SHAPES],
+    ("number", "colour"): [*COLOURS],
+    ("number", "background"): [*BACKGROUNDS],
+}
+
+
+def _of_scene(scene: Scene, column: Column, size: int) -> Image.Image | int:
+    "What a scene has besides its picture and caption."
+    layout = lambda: layout_picture(scene_labels(scene, size))  # noqa: E731
+    return _made("shapes", column, {
+        ("labels", "segmentation"): lambda: scene_labels(scene, size),
+        ("picture", "layout"): layout,
+        ("picture", "control"): layout,
+        ("number", "label"): lambda: SHAPES.index(scene.things[0].shape),
+        ("number", "colour"): lambda: [*COLOURS].index(scene.things[0].colour),
+        ("number", "background"): lambda: [*BACKGROUNDS].index(scene.background),
+    })
+
 # %% ../nbs/12_sources.ipynb #55c98533
 @source("shapes")
 class ShapesSource(Source):
@@ -288,6 +342,13 @@ class ShapesSource(Source):
         scene = draw_scene(self.seed, self._checked(index), self.split)
         picture = render_scene(scene, self.image_size)
         return Sample(picture, scene_caption(scene), f"{self.split}-{self.seed}-{index}", {"scene": scene})
+
+    def extras(self, index: int, columns: Sequence[Column]) -> dict[str, Image.Image | int | float]:
+        scene = draw_scene(self.seed, self._checked(index), self.split)
+        return {c.name: _of_scene(scene, c, self.image_size) for c in columns}
+
+    def class_names(self, column: Column) -> list[str]:
+        return _SHAPE_NAMES.get((column.kind, column.key), [])
 
     def captions(self, limit: int = 10_000) -> list[str]:
         return [scene_caption(draw_scene(self.seed, i, self.split)) for i in range(min(limit, len(self)))]
@@ -362,6 +423,14 @@ class DigitsSource(Source):
     def __getitem__(self, index: int) -> Sample:
         number, label, pixels = self._scans[self._checked(index)]
         return Sample(Image.fromarray(pixels).convert("RGB"), self._caption(number, label), f"digit-{number:04d}", {"label": label})
+
+    def extras(self, index: int, columns: Sequence[Column]) -> dict[str, Image.Image | int | float]:
+        _, label, pixels = self._scans[self._checked(index)]
+        table = {("labels", "segmentation"): lambda: Image.fromarray((pixels >= 128).astype(np.uint8)), ("number", "label"): lambda: label}
+        return {c.name: _made("digits", c, table) for c in columns}
+
+    def class_names(self, column: Column) -> list[str]:
+        return {("labels", "segmentation"): ["paper", "ink"], ("number", "label"): [*DIGIT_WORDS]}.get((column.kind, column.key), [])
 
     def captions(self, limit: int = 10_000) -> list[str]:
         return [self._caption(number, label) for number, label, _ in self._scans[:limit]]
@@ -438,6 +507,26 @@ def spread(
         away = np.minimum(away, ((points - points[picked[-1]]) ** 2).sum(1))
     return picked
 
+# %% ../nbs/12_sources.ipynb #0c4dd46a
+_BLOCKS = {0: "signs", 0x2600: "miscellaneous symbols", 0x2700: "dingbats", 0x2900: "arrows and squares", 0x1F000: "enclosed characters",
+           0x1F300: "symbols and pictographs", 0x1F600: "emoticons", 0x1F680: "transport and maps", 0x1F700: "coloured shapes",
+           0x1F900: "supplemental pictographs", 0x1FA00: "extended pictographs"}
+
+
+def paper_and_drawing(
+    image: Image.Image,  # a drawing on white paper
+    white: int = 235,  # from here on a channel counts as white
+) -> Image.Image:  # mode L: 0 paper, 1 drawing, 255 the border between them
+    "Which pixels of a picture on white are drawn."
+    from scipy.ndimage import binary_dilation, label
+
+    pale = np.pad((np.asarray(image.convert("RGB")) >= white).all(2), 1, constant_values=True)
+    areas, _ = label(pale)
+    paper = areas == areas[0, 0]
+    found = np.where(paper, 0, 1).astype(np.uint8)
+    found[binary_dilation(paper) & binary_dilation(~paper)] = UNKNOWN
+    return Image.fromarray(found[1:-1, 1:-1])
+
 # %% ../nbs/12_sources.ipynb #429cc91e
 @source("emoji")
 class EmojiSource(Source):
@@ -470,6 +559,15 @@ class EmojiSource(Source):
     def __getitem__(self, index: int) -> Sample:
         key, caption, jpeg = self._glyphs[self._checked(index)]
         return Sample(self._open(jpeg), caption, key, {"character": chr(int(key, 16))})
+
+    def extras(self, index: int, columns: Sequence[Column]) -> dict[str, Image.Image | int | float]:
+        key, _, jpeg = self._glyphs[self._checked(index)]
+        table = {("labels", "segmentation"): lambda: paper_and_drawing(self._open(jpeg)),
+                 ("number", "label"): lambda: bisect.bisect_right([*_BLOCKS], int(key, 16)) - 1}
+        return {c.name: _made("emoji", c, table) for c in columns}
+
+    def class_names(self, column: Column) -> list[str]:
+        return {("labels", "segmentation"): ["paper", "drawing"], ("number", "label"): [*_BLOCKS.values()]}.get((column.kind, column.key), [])
 
     def captions(self, limit: int = 10_000) -> list[str]:
         return [caption for _, caption, _ in self._glyphs[:limit]]
