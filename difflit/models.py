@@ -109,9 +109,11 @@ def _register_late(name: str) -> None:
     family("latent", LatentConfig, build_latent, {part: re.compile(pattern).search for part, pattern in LATENT_PARTS.items()})
     from difflit.controlnet import ControlledGlide, ControlledGlideConfig, ControlledLatent, ControlledLatentConfig
 
-    parts = {base: {part: _outside(belongs) for part, belongs in PARTS[base].items()} | {"control": re.compile(r"^control\.").match} for base in ("glide", "latent")}
+    branch: dict[str, Part] = {"control": re.compile(r"^control\.").match}
+    parts = {base: {part: _outside(belongs) for part, belongs in PARTS[base].items()} | branch for base in ("glide", "latent")}
     family("controlled-glide", ControlledGlideConfig, ControlledGlide, parts["glide"])
-    family("controlled-latent", ControlledLatentConfig, lambda c: ControlledLatent(c).to(memory_format=torch.channels_last), parts["latent"])  # type: ignore[call-overload]
+    build: Callable[[Any], nn.Module] = lambda config: ControlledLatent(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    family("controlled-latent", ControlledLatentConfig, build, parts["latent"])
 
 
 def _outside(belongs: Part) -> Part:
