@@ -149,7 +149,7 @@ def parse_control(
         raise SettingsError(f"control={text!r}: edges are computed from the picture, and from no column")
     return name, form, key
 
-# %% ../nbs/32_controlnet.ipynb #20a0020a
+# %% ../nbs/32_controlnet.ipynb #eb5dcb6e
 def control_of(
     batch: Mapping[str, Any],  # with `image` in pixels for edges, else with the signal's column; or with `control`
     config: ControlConfig,  # what the branch sees
@@ -191,7 +191,7 @@ def control_picture(
         return torch.from_numpy(grey > 127).float()[None] * 2 - 1 if drawn else edges(pixels[None])[0]
     if config.channels not in (1, 3):
         raise SettingsError(f"a picture has 1 or 3 channels, the control {config.signal!r} has {config.channels}: hand it over as a tensor, in Python")
-    return pixels if config.channels == 3 else torch.from_numpy(np.asarray(square(picture, size).convert("L"))).float()[None] / 127.5 - 1
+    return pixels if config.channels == 3 else torch.from_numpy(np.array(square(picture, size).convert("L"))).float()[None] / 127.5 - 1
 
 
 def sample_control(
@@ -207,7 +207,7 @@ def sample_control(
         raise DataError(f"sample {sample.id} has no {config.signal!r} for the control branch{nearest(config.signal, besides) if besides else ''}")
     return control_picture(besides[config.signal], config, size)
 
-
+# %% ../nbs/32_controlnet.ipynb #a8e77c5f
 def _labels_of(picture: Image.Image, classes: int, size: int) -> Tensor:
     "Class numbers of a picture that holds them as such, or as colours: int64 [size, size]."
     side = min(picture.size)
@@ -218,7 +218,7 @@ def _labels_of(picture: Image.Image, classes: int, size: int) -> Tensor:
     pixels = torch.from_numpy(cut(picture.convert("RGB"))).float() / 127.5 - 1
     return (pixels[:, :, None] - _palette(classes)).square().sum(-1).argmin(-1)
 
-# %% ../nbs/32_controlnet.ipynb #ff82a4d5
+# %% ../nbs/32_controlnet.ipynb #79c272c6
 class Fusion(nn.Module):
     "One of `FUSIONS` at one place. Source: Zhang et al. 2023, eq. 2, and the table above."
 
@@ -277,7 +277,7 @@ def scaled(
         return change * scale.to(change.dtype).view(-1, 1, 1, 1)
     return change if scale == 1 else change * scale
 
-# %% ../nbs/32_controlnet.ipynb #f5e8ad44
+# %% ../nbs/32_controlnet.ipynb #7b74ba93
 @dataclass(frozen=True)
 class ControlledGlideConfig(GlideConfig):
     "A GLIDE's numbers and its branch's."
@@ -317,7 +317,7 @@ class _GlideBranch(nn.Module):
             found.append(stage(found[-1], emb, sequence, checkpointing))
         return found
 
-# %% ../nbs/32_controlnet.ipynb #8b26816e
+# %% ../nbs/32_controlnet.ipynb #50aeb826
 def _check_control(control: Tensor, config: ControlConfig, size: Sequence[int], batch: int) -> None:
     "Raise `ValueError` for a control of other channels, another size or another number."
     wanted = [batch, config.channels, *size]
@@ -365,7 +365,7 @@ class ControlledGlide(Glide):
         told = self.control(x, control.expand(len(x), -1, -1, -1), emb.expand(len(x), -1), sequence)
         return _paint(self, *inputs, fuse=lambda kept: [fusion(h, f, control_scale) for fusion, h, f in zip(self.control.fusions, kept, told)])
 
-
+# %% ../nbs/32_controlnet.ipynb #d0c8c083
 def control_glide(
     base: Glide,  # whose weights are copied
     config: ControlConfig,  # what the branch sees, and how it is put in
@@ -381,7 +381,7 @@ def control_glide(
     made.begin_control()
     return made.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-# %% ../nbs/32_controlnet.ipynb #0492f7e2
+# %% ../nbs/32_controlnet.ipynb #54a21a6c
 @dataclass(frozen=True)
 class ControlledLatentConfig(LatentConfig):
     "A latent network's numbers and its branch's."
@@ -437,7 +437,7 @@ class _LatentBranch(nn.Module):
             found += kept
         return [*found, net.mid_block(h, emb, **(words if getattr(net.mid_block, "has_cross_attention", False) else {}))]
 
-# %% ../nbs/32_controlnet.ipynb #a36846a6
+# %% ../nbs/32_controlnet.ipynb #ff6ec620
 class _OnTheRight:
     "What `features + this` gives: features with a branch's put in."
 
@@ -481,7 +481,7 @@ class ControlledLatent(LatentDenoiser):
         return self.unet(x, times, encoder_hidden_states=states, encoder_attention_mask=mask, down_block_additional_residuals=tuple(put[:-1]),
                          mid_block_additional_residual=put[-1], return_dict=False)[0]
 
-
+# %% ../nbs/32_controlnet.ipynb #dd53e2b0
 def control_latent(
     base: LatentDenoiser,  # becomes part of the result
     config: ControlConfig,  # what the branch sees, and how it is put in
@@ -497,7 +497,7 @@ def control_latent(
     made.projections, made.encoders = base.projections, base.encoders
     return made.train(base.training).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-# %% ../nbs/32_controlnet.ipynb #29a26590
+# %% ../nbs/32_controlnet.ipynb #d88c36b7
 def base_digest(
     model: nn.Module,  # with or without a branch
 ) -> str:  # SHA-256, 64 hexadecimal digits
@@ -520,13 +520,13 @@ def as_controlnet(
     fusions: Any = model.control.fusions
     if not fusions[0].adds:
         raise SettingsError(f"diffusers adds what a branch says; fusion={fusions[0].kind!r} does more, and no pipeline of diffusers could use it")
-    net = _controlnet(model.unet, model.config.control, copy=False)
+    net = _controlnet(model.unet, model.config.control, copy=False).to(model.unet.dtype)
     tensors = dict(model.control.net.state_dict())
     for i, fusion in enumerate(fusions):
         place = f"controlnet_down_blocks.{i}" if i < len(fusions) - 1 else "controlnet_mid_block"
         tensors[f"{place}.weight"], tensors[f"{place}.bias"] = _folded(fusion)
     net.load_state_dict(tensors)
-    return net.to(model.unet.dtype)
+    return net
 
 
 def save_control(
@@ -545,7 +545,7 @@ def save_control(
         write_json(place / "control.json", {"family": kind, "control": asdict(config), "base": base_digest(model)})
     return Path(folder)
 
-# %% ../nbs/32_controlnet.ipynb #b5eff6b0
+# %% ../nbs/32_controlnet.ipynb #dd08f1f3
 def _control_card(folder: Path, config: ControlConfig | None) -> dict[str, Any]:
     "What is known of a kept branch: ours says it, diffusers' has to be told. Raises `SettingsError`."
     if (folder / "control.json").is_file():
@@ -602,7 +602,7 @@ def load_control(
     made.control.load_state_dict(tensors)
     return made
 
-# %% ../nbs/32_controlnet.ipynb #1b0690de
+# %% ../nbs/32_controlnet.ipynb #3f0e5a0f
 def requested_layout(
     scene: Scene,  # what was asked for
     size: int,  # S, pixels along a side

@@ -263,7 +263,7 @@ def sound_samples(
 
 PREVIEWS = 16
 
-
+# %% ../nbs/70_job_data.ipynb #9a297980
 def with_columns(
     source: Source,  # perhaps with damaged samples
     indices: Iterable[int],  # which are asked for

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['COMPARED', 'SCORERS', 'make_tokenizer', 'build_network', 'build_diffusion', 'branch_of', 'column_of',
            'control_config', 'with_control', 'task_name', 'text_is_frozen', 'build_task', 'TrainingJob', 'count_steps',
-           'rate_factors', 'prepare', 'read_damaged', 'make_loader', 'data_changes', 'controls', 'followed',
-           'job_sampling', 'whole_pictures', 'average_of', 'job_pictures', 'preview_prompts', 'save_preview',
-           'save_job', 'validate', 'judge_now', 'audit_now', 'job_hooks', 'train_job', 'scorer', 'score_shapes',
-           'score_digits', 'score_emoji', 'Judged', 'score_job']
+           'rate_factors', 'prepare', 'read_damaged', 'make_loader', 'data_changes', 'job_sampling', 'whole_pictures',
+           'average_of', 'job_pictures', 'preview_prompts', 'save_preview', 'save_job', 'validate', 'judge_now',
+           'audit_now', 'job_hooks', 'train_job', 'scorer', 'score_shapes', 'score_digits', 'score_emoji', 'Judged',
+           'score_job']
 
 # %% ../nbs/71_recipes.ipynb #67fadd95
 import copy
@@ -38,10 +38,6 @@ from .averaging import make_averages, save_snapshot
 from .checkpoints import Checkpoint, CheckpointError, CheckpointWriter, Retention, checkpoint_bytes, newest_checkpoint, newest_sharded
 from .config import SettingsError, TrainSettings, read_options
 from .cached import CachedLoader, CachedSource, read_batch
-from difflit.controlnet import (
-    ControlConfig, ControlledGlide, ControlledLatent, control_glide, control_latent, control_of, latent_widths, load_control, parse_control, sample_control,
-    scene_iou,
-)
 from .data import DataError, Sample, Source, caption_grid, collate, image_tensor, parse_columns, to_images
 from .diagnostics import part_groups, part_norms, peak_flops, qk_gradients, step_flops
 from .diffusion import Diffusion
@@ -76,6 +72,10 @@ from .weights import glide_diffusion, load_glide
 
 # %% ../nbs/71_recipes.ipynb #c5024a38
 from .audits import pictures_of
+from difflit.controlnet import (
+    ControlConfig, ControlledGlide, ControlledLatent, control_glide, control_latent, control_of, latent_widths, load_control, parse_control, sample_control,
+    scene_iou,
+)
 from .evaluation import Candidate, Question, judge, make_panel
 from .memorization import different, ratio
 from .neighbours import gallery_of, nearest_caption_agreement
@@ -802,8 +802,8 @@ def _resume(run: Run, state: TrainState, loader: Loader | CachedLoader | StreamL
         faults = [*faults, f"pictures were varied by {saved.get('varied') or 'nothing'}, and are from now on by {loader.varied or 'nothing'}"]
     return [*faults, f"resumed from {checkpoint.path.name}"]
 
-# %% ../nbs/71_recipes.ipynb #f0f70840
-def controls(
+# %% ../nbs/71_recipes.ipynb #f1975491
+def _controls(
     job: TrainingJob,  # with a branch
     samples: Sequence[Sample],  # N of them
 ) -> Tensor:  # [N, channels, S, S] in −1…1
@@ -813,14 +813,14 @@ def controls(
     return torch.stack([sample_control(sample, config, job.settings.image_size) for sample in samples])
 
 
-def followed(
+def _followed(
     job: TrainingJob,  # under way
     samples: Sequence[Sample],  # N, whose controls are followed
 ) -> dict[str, Tensor]:  # keywords for the network, N rows; none without a branch
     "The controls that pictures are drawn by, and how strongly."
     if branch_of(job.state.model) is None:
         return {}
-    return {"control": controls(job, samples), "control_scale": torch.full((len(samples),), job.settings.control_scale)}
+    return {"control": _controls(job, samples), "control_scale": torch.full((len(samples),), job.settings.control_scale)}
 
 
 def _control_scores(job: TrainingJob, samples: Sequence[Sample], images: Tensor) -> dict[str, Any]:
@@ -866,7 +866,7 @@ def job_pictures(
     "Pictures from the job's average, with its settings."
     s, seeds = job.settings, range(first_seed, first_seed + len(samples))
     given = job.task.given(whole_pictures(samples, s.image_size), list(seeds), "preview") if job.shown else {}  # type: ignore[attr-defined]
-    given |= followed(job, samples) if follow else {}
+    given |= _followed(job, samples) if follow else {}
     drawn = draw(average_of(job), job.diffusion, job.tokenizer, [sample.caption for sample in samples], s.image_size, given=given, seeds=seeds,
                  precision=job.state.precision, autoencoder=job.encoders and job.encoders.autoencoder, **job_sampling(job))
     return drawn, {name: value for name, value in given.items() if name not in ("control", "control_scale")}
@@ -943,7 +943,7 @@ def _held_batches(job: TrainingJob, held: Source, images: int | None = None) -> 
     samples = list(with_columns(held, range(n), column_of(job.settings)))
     places = [range(start, min(len(samples), start + size)) for start in range(0, len(samples), size)]
     made = [collate([samples[i] for i in part], job.settings.image_size, part, job.tokenizer) for part in places]
-    return [batch | {"control": controls(job, [samples[i] for i in part])} for batch, part in zip(made, places)] if branch_of(job.state.model) else made
+    return [batch | {"control": _controls(job, [samples[i] for i in part])} for batch, part in zip(made, places)] if branch_of(job.state.model) else made
 
 # %% ../nbs/71_recipes.ipynb #e4fb4385
 def _note_scores(job: TrainingJob, what: str, scores: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
