@@ -202,7 +202,7 @@ class ModelSettings(CacheSettings):
             raise ValueError("target=eps says nothing about the image at zero signal; with zero_terminal_snr use target=v or x0")
         return self
 
-# %% ../nbs/00_config.ipynb #1584c54f
+# %% ../nbs/00_config.ipynb #4a44a08e
 class ControlSettings(ModelSettings):
     "What a control branch sees, and how it is put in."
 
@@ -531,7 +531,7 @@ def sd15_t5_sdxlvae() -> dict:
     `papermill nbs/train.ipynb out.ipynb -p preset sd15-t5-sdxlvae -p data my_pictures`; a GPU. `-p init_from scratch` starts from nothing."""
     return {**_LATENT, "vae": "sdxl-vae", "text_encoder": "t5-xxl", "epochs": 100, "lr": 1e-4, "weight_decay": 0.1, "clip_norm": 0.5}
 
-# %% ../nbs/00_config.ipynb #0fb4fec1
+# %% ../nbs/00_config.ipynb #1c07cca5
 @preset
 def controlnet_tiny() -> dict:
     """A branch that tells a GLIDE on drawn scenes where things shall be, by their layout.

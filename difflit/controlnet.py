@@ -9,7 +9,7 @@ __all__ = ['FORMS', 'FUSIONS', 'edges', 'one_hot', 'coloured', 'ControlConfig', 
            'as_controlnet', 'save_control', 'load_control', 'requested_layout', 'drawn_layout', 'layout_iou',
            'scene_iou']
 
-# %% ../nbs/32_controlnet.ipynb #8fdc47b0
+# %% ../nbs/32_controlnet.ipynb #d58e68a0
 import colorsys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -34,7 +34,7 @@ from .latent import LatentConfig, LatentDenoiser, _said
 from .sources import BACKGROUNDS, COLOURS, Scene, scene_labels
 from .text import weights_digest
 
-# %% ../nbs/32_controlnet.ipynb #884417b4
+# %% ../nbs/32_controlnet.ipynb #ecf8cb4b
 def _slopes(images: Tensor) -> tuple[Tensor, Tensor]:
     "Sobel's slopes to the right and downwards of each picture's steepest colour, [B, 1, H, W]; 1 is a step over the whole range."
     across = images.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]]) / 8
@@ -69,7 +69,7 @@ def edges(
         strong = weak * F.max_pool2d(strong, 3, stride=1, padding=1)
     return strong * 2 - 1
 
-# %% ../nbs/32_controlnet.ipynb #7c20fd9b
+# %% ../nbs/32_controlnet.ipynb #aec2f17f
 def _checked_labels(labels: Tensor, classes: int) -> Tensor:
     "Raise `DataError` for what are no class numbers. Looks at the values only where that does not wait for a device."
     if labels.ndim != 3 or labels.is_floating_point():
@@ -104,7 +104,7 @@ def coloured(
     table = torch.cat([_palette(classes), torch.zeros(256 - classes, 3)]).to(labels.device)
     return table[labels].permute(0, 3, 1, 2).contiguous()
 
-# %% ../nbs/32_controlnet.ipynb #fcea5e49
+# %% ../nbs/32_controlnet.ipynb #a62e5856
 FORMS = ("edges", "one-hot", "coloured", "picture")
 FUSIONS = ("add", "learned-scale", "scaled-add", "film", "concatenate", "gated")
 
@@ -149,7 +149,7 @@ def parse_control(
         raise SettingsError(f"control={text!r}: edges are computed from the picture, and from no column")
     return name, form, key
 
-# %% ../nbs/32_controlnet.ipynb #eb5dcb6e
+# %% ../nbs/32_controlnet.ipynb #75d92667
 def control_of(
     batch: Mapping[str, Any],  # with `image` in pixels for edges, else with the signal's column; or with `control`
     config: ControlConfig,  # what the branch sees
@@ -207,7 +207,7 @@ def sample_control(
         raise DataError(f"sample {sample.id} has no {config.signal!r} for the control branch{nearest(config.signal, besides) if besides else ''}")
     return control_picture(besides[config.signal], config, size)
 
-# %% ../nbs/32_controlnet.ipynb #a8e77c5f
+# %% ../nbs/32_controlnet.ipynb #d7256836
 def _labels_of(picture: Image.Image, classes: int, size: int) -> Tensor:
     "Class numbers of a picture that holds them as such, or as colours: int64 [size, size]."
     side = min(picture.size)
@@ -218,7 +218,7 @@ def _labels_of(picture: Image.Image, classes: int, size: int) -> Tensor:
     pixels = torch.from_numpy(cut(picture.convert("RGB"))).float() / 127.5 - 1
     return (pixels[:, :, None] - _palette(classes)).square().sum(-1).argmin(-1)
 
-# %% ../nbs/32_controlnet.ipynb #79c272c6
+# %% ../nbs/32_controlnet.ipynb #ad195385
 class Fusion(nn.Module):
     "One of `FUSIONS` at one place. Source: Zhang et al. 2023, eq. 2, and the table above."
 
@@ -277,7 +277,7 @@ def scaled(
         return change * scale.to(change.dtype).view(-1, 1, 1, 1)
     return change if scale == 1 else change * scale
 
-# %% ../nbs/32_controlnet.ipynb #7b74ba93
+# %% ../nbs/32_controlnet.ipynb #c2877219
 @dataclass(frozen=True)
 class ControlledGlideConfig(GlideConfig):
     "A GLIDE's numbers and its branch's."
@@ -317,7 +317,7 @@ class _GlideBranch(nn.Module):
             found.append(stage(found[-1], emb, sequence, checkpointing))
         return found
 
-# %% ../nbs/32_controlnet.ipynb #50aeb826
+# %% ../nbs/32_controlnet.ipynb #fc4a6d99
 def _check_control(control: Tensor, config: ControlConfig, size: Sequence[int], batch: int) -> None:
     "Raise `ValueError` for a control of other channels, another size or another number."
     wanted = [batch, config.channels, *size]
@@ -365,7 +365,7 @@ class ControlledGlide(Glide):
         told = self.control(x, control.expand(len(x), -1, -1, -1), emb.expand(len(x), -1), sequence)
         return _paint(self, *inputs, fuse=lambda kept: [fusion(h, f, control_scale) for fusion, h, f in zip(self.control.fusions, kept, told)])
 
-# %% ../nbs/32_controlnet.ipynb #d0c8c083
+# %% ../nbs/32_controlnet.ipynb #8b633cd4
 def control_glide(
     base: Glide,  # whose weights are copied
     config: ControlConfig,  # what the branch sees, and how it is put in
@@ -381,7 +381,7 @@ def control_glide(
     made.begin_control()
     return made.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-# %% ../nbs/32_controlnet.ipynb #54a21a6c
+# %% ../nbs/32_controlnet.ipynb #356bd8f6
 @dataclass(frozen=True)
 class ControlledLatentConfig(LatentConfig):
     "A latent network's numbers and its branch's."
@@ -437,7 +437,7 @@ class _LatentBranch(nn.Module):
             found += kept
         return [*found, net.mid_block(h, emb, **(words if getattr(net.mid_block, "has_cross_attention", False) else {}))]
 
-# %% ../nbs/32_controlnet.ipynb #ff6ec620
+# %% ../nbs/32_controlnet.ipynb #accc04db
 class _OnTheRight:
     "What `features + this` gives: features with a branch's put in."
 
@@ -481,7 +481,7 @@ class ControlledLatent(LatentDenoiser):
         return self.unet(x, times, encoder_hidden_states=states, encoder_attention_mask=mask, down_block_additional_residuals=tuple(put[:-1]),
                          mid_block_additional_residual=put[-1], return_dict=False)[0]
 
-# %% ../nbs/32_controlnet.ipynb #dd53e2b0
+# %% ../nbs/32_controlnet.ipynb #42a86c3b
 def control_latent(
     base: LatentDenoiser,  # becomes part of the result
     config: ControlConfig,  # what the branch sees, and how it is put in
@@ -497,7 +497,7 @@ def control_latent(
     made.projections, made.encoders = base.projections, base.encoders
     return made.train(base.training).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-# %% ../nbs/32_controlnet.ipynb #d88c36b7
+# %% ../nbs/32_controlnet.ipynb #77373bb6
 def base_digest(
     model: nn.Module,  # with or without a branch
 ) -> str:  # SHA-256, 64 hexadecimal digits
@@ -545,7 +545,7 @@ def save_control(
         write_json(place / "control.json", {"family": kind, "control": asdict(config), "base": base_digest(model)})
     return Path(folder)
 
-# %% ../nbs/32_controlnet.ipynb #dd08f1f3
+# %% ../nbs/32_controlnet.ipynb #4f8f4434
 def _control_card(folder: Path, config: ControlConfig | None) -> dict[str, Any]:
     "What is known of a kept branch: ours says it, diffusers' has to be told. Raises `SettingsError`."
     if (folder / "control.json").is_file():
@@ -602,7 +602,7 @@ def load_control(
     made.control.load_state_dict(tensors)
     return made
 
-# %% ../nbs/32_controlnet.ipynb #3f0e5a0f
+# %% ../nbs/32_controlnet.ipynb #fdb687bc
 def requested_layout(
     scene: Scene,  # what was asked for
     size: int,  # S, pixels along a side
