@@ -195,7 +195,7 @@ def test_a_checkpoint_draws_and_goes_on(tmp_path, base):
     assert not torch.equal(drawn, free)
     again = run(tmp_path / "more", **{**GLIDE, "control": "segmentation:coloured", "control_fusion": "film", "init_from": tmp_path / "run", "steps": 1})
     assert any("control" in n for n, p in again.state.model.named_parameters() if p.requires_grad)
-    for message, wrong in {"has a branch for segmentation: say control=segmentation": {"control": "", "train_base": True},
+    for message, wrong in {"have a branch for segmentation: say control=segmentation": {"control": "", "train_base": True},
                            "has fusion='film', asked for is 'add'": {"control": "segmentation:coloured"},
                            "form='coloured', asked for is 'one-hot'": {"control": "segmentation", "control_fusion": "film"}}.items():
         with pytest.raises(SettingsError, match=message):
@@ -233,12 +233,12 @@ def test_a_column_of_ones_own(tmp_path, base):
         photograph(i + 50, (20, 16)).convert("L").save(place / f"{i:02d}.depth.png")
     given = {**GLIDE, "data": place, "limit": None, "init_from": base, "steps": 1, "score_images": 0}
     given = {k: v for k, v in given.items() if v is not None}
-    job = run(tmp_path / "run", **given, control="depth", flip=True, crop=0.7)
+    job = run(tmp_path / "run", **given, control="depth=depth.png", flip=True, crop=0.7)
     assert job.state.model.config.control.channels == 3
     with pytest.raises(DataError, match="normals"):
-        prepare(open_run({**{k: str(v) for k, v in given.items()}, "control": "normals", "run_dir": str(tmp_path / "missing")}))
+        prepare(open_run({**{k: str(v) for k, v in given.items()}, "control": "normals=normals.png", "run_dir": str(tmp_path / "missing")}))
     with pytest.raises(SettingsError, match="say by control_classes how many"):
-        prepare(open_run({**{k: str(v) for k, v in given.items()}, "control": "depth:one-hot", "run_dir": str(tmp_path / "classes")}))
+        prepare(open_run({**{k: str(v) for k, v in given.items()}, "control": "depth=depth.png:one-hot", "run_dir": str(tmp_path / "classes")}))
 
 
 # --- latent: runs
