@@ -124,6 +124,8 @@ def open_album(
     image: str | Path | None = None,  # to fill in, to change, or to enlarge
     mask: str | Path | None = None,  # white where it is kept
     strength: float | None = None,  # of a change
+    control: str | Path | None = None,  # what a control branch follows
+    control_scale: float | None = None,  # how strongly
     device: str = "auto",  # auto, cpu, cuda
     precision: str = "auto",  # auto, fp32, bf16, fp16
     clip: str | Path | None = None,  # a CLIP that steers the first stage, see `clip_steering`
@@ -149,17 +151,19 @@ def open_album(
     if third:
         says["enlargers"] = [{"checkpoint": str(path), "weights": weights_digest(each.model)} for path, each in zip(enlargers, third)]
         says["factor"] = factor or third[0].factor
-    for name, path in (("image", image), ("mask", mask)):
+    for name, path in (("image", image), ("mask", mask), ("control", control)):
         if path is not None:
             says[name] = {"file": str(path), "digest": digest_bytes(_bytes(path))}
     if strength is not None:
         says["strength"] = strength
+    if control_scale is not None:
+        says["control_scale"] = control_scale
     steer = clip_steering(clip, stage.diffusion, clip_scale, device) if clip else None
     if clip:
         says["steered"] = {"clip": str(clip), "scale": clip_scale}
     says["versions"] = {"difflit": version("difflit"), "torch": torch.__version__}
     arguments = {"upsampler": second, "enlarger": third or None, "factor": factor, "negative": negative, "image": image, "mask": mask, "strength": strength,
-                 "precision": chosen.name, "steer": steer, "watch": watch, **sampling}
+                 "control": control, "control_scale": control_scale, "precision": chosen.name, "steer": steer, "watch": watch, **sampling}
     return Album(stage, json.loads(json.dumps(says)), arguments)
 
 
@@ -274,10 +278,11 @@ def draw_again(
     if says is None or "checkpoint" not in says:
         raise SettingsError(f"{path} does not say what made it")
     stages = {"upsampler": says.get("upsampler", {}).get("checkpoint"), "enlargers": [each["checkpoint"] for each in says.get("enlargers", [])]}
-    shown = {name: says.get(name, {}).get("file") for name in ("image", "mask")}
+    shown = {name: says.get(name, {}).get("file") for name in ("image", "mask", "control")}
     steered = says.get("steered", {})
     album = open_album(says["checkpoint"], **stages, **shown, clip=steered.get("clip"), clip_scale=steered.get("scale"), factor=says.get("factor"),
-                       negative=says.get("negative"), strength=says.get("strength"), device=device, precision=says["precision"], **says["sampling"])
+                       negative=says.get("negative"), strength=says.get("strength"), control_scale=says.get("control_scale"), device=device,
+                       precision=says["precision"], **says["sampling"])
     now = album.info(says["prompt"], says["seed"])
     if differ := _differences(says, now, ("sampling", "rank", "score", "clip")):
         raise SettingsError(f"{path} cannot be made again: {', '.join(differ)} changed since")

@@ -372,6 +372,7 @@ class CachedSource(_Joined):
     ):
         "Raises `CacheError` if something was never computed."
         self.source, self.latents, self.text, self.variants, self.decode = source, list(latents), dict(text), variants, decode
+        self.besides: Callable[[Sequence[int]], Mapping[str, Any]] | None = None  # indices here → further keys of their batch
         ids, captions = source.ids(), source.captions(len(source))
         which = _store_of(source, latents, buckets)
         self.keys = picture_keys(source) if keys is None else keys
@@ -434,6 +435,7 @@ def read_batch(
         wanted = np.where(silent, source.empty[name], source.text_rows[name][indices])
         said = store.read_text(wanted, (lengths or {}).get(name, store.recipe.shape[0]))
         batch |= {f"{part}.{name}": value for part, value in said.items()}
+    batch |= dict(source.besides(indices.tolist())) if source.besides else {}
     return batch | dict(encode(captions)) if encode else batch
 
 # %% ../nbs/22_cached.ipynb #ef0efd18

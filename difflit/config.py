@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'SettingsError', 'nearest', 'Settings', 'JobSettings', 'RunSettings', 'DataSettings', 'CacheSettings',
-           'FillSettings', 'ModelSettings', 'OptimizerSettings', 'SurvivalSettings', 'AutoencoderSettings',
-           'TrainSettings', 'JudgeSettings', 'EvaluateSettings', 'AuditSettings', 'SearchSettings', 'ExploreSettings',
-           'preset', 'shapes', 'digits', 'emoji', 'folder', 'glide_base', 'glide_inpaint', 'glide_upsample',
-           'glide_base_tiny', 'glide_inpaint_tiny', 'glide_upsample_tiny', 'noised_clip', 'clean_clip', 'latent_tiny',
-           'sd15', 'sd15_t5_sdxlvae', 'autoencoder_tiny', 'read_settings', 'read_options', 'what_is_given', 'resolve',
-           'notebook_parameters', 'settings_yaml', 'settings_table', 'parameters_cell']
+           'FillSettings', 'ModelSettings', 'ControlSettings', 'OptimizerSettings', 'SurvivalSettings',
+           'AutoencoderSettings', 'TrainSettings', 'JudgeSettings', 'EvaluateSettings', 'AuditSettings',
+           'SearchSettings', 'ExploreSettings', 'preset', 'shapes', 'digits', 'emoji', 'folder', 'glide_base',
+           'glide_inpaint', 'glide_upsample', 'glide_base_tiny', 'glide_inpaint_tiny', 'glide_upsample_tiny',
+           'noised_clip', 'clean_clip', 'latent_tiny', 'sd15', 'sd15_t5_sdxlvae', 'controlnet_tiny',
+           'latent_controlnet_tiny', 'sd15_controlnet', 'autoencoder_tiny', 'read_settings', 'read_options',
+           'what_is_given', 'resolve', 'notebook_parameters', 'settings_yaml', 'settings_table', 'parameters_cell']
 
 # %% ../nbs/00_config.ipynb #2acafd7f
 import ast
@@ -203,8 +204,27 @@ class ModelSettings(CacheSettings):
             raise ValueError("target=eps says nothing about the image at zero signal; with zero_terminal_snr use target=v or x0")
         return self
 
+# %% ../nbs/00_config.ipynb #4a44a08e
+class ControlSettings(ModelSettings):
+    "What a control branch sees, and how it is put in."
+
+    control: str = Field("", description="what a control branch sees: edges, segmentation, or a column of the data; behind a colon one-hot, coloured, picture")
+    control_classes: int | None = Field(None, ge=2, le=254, description="of labels that a branch sees: how many classes (None: as many as the data name)")
+    control_fusion: str = Field("add", description="how a branch is put in: add, learned-scale, scaled-add, film, concatenate, gated")
+    control_factor: float = Field(1.0, gt=0, description="of control_fusion scaled-add: the fixed factor")
+    control_from: str | None = Field(None, description="a kept branch to start from: a folder, diffusers' or our own (None: a copy of the network's way down)")
+    control_scale: float = Field(1.0, ge=0, description="strength of the branch when pictures are drawn")
+    train_base: bool = Field(False, description="train the network under a control branch too; else it is frozen")
+
+    @model_validator(mode="after")
+    def _branch_needs_a_base(self):
+        if self.control and self.init_from in (None, "scratch") and not self.train_base:
+            raise ValueError(f"control={self.control} trains a branch on a network that stays as it is: name the network by init_from, or train both "
+                             "(train_base=true)")
+        return self
+
 # %% ../nbs/00_config.ipynb #3c18a8a6
-class OptimizerSettings(ModelSettings):
+class OptimizerSettings(ControlSettings):
     "How the weights are moved, and what averages are kept of them."
 
     lr: float = Field(2e-3, gt=0, lt=10, description="peak learning rate")
@@ -556,6 +576,30 @@ def sd15_t5_sdxlvae() -> dict:
     `difflit pull sd15 sdxl-vae t5-xxl`, then `difflit cache fill -p preset=sd15-t5-sdxlvae -p data=my_pictures` where the encoders fit, then
     `papermill nbs/train.ipynb out.ipynb -p preset sd15-t5-sdxlvae -p data my_pictures`; a GPU. `-p init_from scratch` starts from nothing."""
     return {**_LATENT, "vae": "sdxl-vae", "text_encoder": "t5-xxl", "epochs": 100, "lr": 1e-4, "weight_decay": 0.1, "clip_norm": 0.5}
+
+# %% ../nbs/00_config.ipynb #1c07cca5
+@preset
+def controlnet_tiny() -> dict:
+    """A branch that tells a GLIDE on drawn scenes where things shall be, by their layout.
+
+    `papermill nbs/train.ipynb out.ipynb -p preset controlnet-tiny -p init_from runs/MINE`, a run of the preset shapes."""
+    return {**shapes(), "control": "segmentation", "steps": 600, "lr": 1e-3, "lr_scales": "all=1", "score_images": 128}
+
+
+@preset
+def latent_controlnet_tiny() -> dict:
+    """A branch that tells a small Stable Diffusion on drawn scenes where things shall be, by their layout.
+
+    `papermill nbs/train.ipynb out.ipynb -p preset latent-controlnet-tiny -p init_from runs/MINE`, a run of the preset latent-tiny, with its cache."""
+    return {**latent_tiny(), "schedule": "auto", "target": "auto", "control": "segmentation", "steps": 600, "lr": 1e-3, "score_images": 128}
+
+
+@preset
+def sd15_controlnet() -> dict:
+    """A ControlNet for Stable Diffusion 1.5 from your own images, by their edges.
+
+    `difflit pull sd15`, then `papermill nbs/train.ipynb out.ipynb -p preset sd15-controlnet -p data my_pictures`; a GPU."""
+    return {**_LATENT, "control": "edges", "epochs": 20, "lr": 1e-5, "weight_decay": 0.01}
 
 # %% ../nbs/00_config.ipynb #6294e3fc
 @preset

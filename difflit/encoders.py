@@ -22,6 +22,7 @@ from .adapters import LORA_TARGETS, add_cross_attention, add_lora, gradient_chec
 from .augmentation import aspect_buckets
 from .caching import CacheError, Recipe, Store, caption_keys, list_stores
 from .config import CacheSettings, ModelSettings, SettingsError
+from .controlnet import ControlledLatent, as_controlnet, save_control
 from .files import read_json
 from .filling import latent_recipe
 from .latent import Autoencoder, LatentDenoiser, TextEncoder, create_latent, encoder_entry, latent_denoiser, require_numbers, unet_config
@@ -442,4 +443,10 @@ def export_latent(
     encoders = encoders_of(card, str(checkpoint))
     text = {name: encoders.loaded(name) for name in encoders.text}
     more = {"image_size": card.get("image_size"), "sampling": card.get("sampling")}
-    return save_pipeline(folder, model, encoders.autoencoder, text, card["diffusion"], dtype=None if dtype == "fp32" else dtype, **more)
+    branch = model if isinstance(model, ControlledLatent) else None
+    if branch is not None:
+        as_controlnet(branch)  # one that diffusers cannot have is refused before anything is written
+    whole = save_pipeline(folder, model, encoders.autoencoder, text, card["diffusion"], dtype=None if dtype == "fp32" else dtype, **more)
+    if branch is not None:
+        save_control(branch, whole / "controlnet")
+    return whole

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import SettingsError, nearest
+from .controlnet import ControlConfig, control_picture, load_control
 from .data import image_tensor, square
 from .denoising import Callback, Denoise, Steered
 from .diffusion import Diffusion
@@ -144,6 +145,12 @@ class Pipeline:
     sampling: dict[str, Any] = field(default_factory=dict)  # how it likes to be sampled: keywords of `draw`
     upscale_factor: int = 4  # of an upsampler: how many times smaller its `low_res` is
     autoencoder: Any = None  # of a latent model
+    control_scale: float = 1.0  # strength of its control branch, if it has one
+
+    @property
+    def control(self) -> ControlConfig | None:
+        "What its control branch sees; None: it has none."
+        return getattr(getattr(self.model, "config", None), "control", None)
 
     @property
     def takes(self) -> set[str]:
@@ -183,7 +190,10 @@ def _diffusers_pipeline(path: str | Path, device: torch.device) -> Pipeline:
     parts = load_parts(path, device=device)
     assert parts.autoencoder is not None
     encoders = ready_encoders(parts.autoencoder, parts.encoders, device)
-    model, diffusion = parts.denoiser().to(device).eval(), Diffusion(**(parts.diffusion or {}))
+    model, diffusion = parts.denoiser(), Diffusion(**(parts.diffusion or {}))
+    if (branch := find_model(path) / "controlnet").is_dir():
+        model = load_control(model, branch, any_base=True)  # type: ignore[assignment]  # they were written together, perhaps in another number format
+    model = model.to(device).eval()
     side = int(model.unet.config["sample_size"]) * encoders.autoencoder.factor
     sampling = parts.sampling or {"sampler": "ddim", "steps": 50, "spacing": "trailing", "guidance": 7.5}
     return Pipeline(model.to(memory_format=torch.channels_last), diffusion, CaptionReader(encoders), side, sampling, autoencoder=encoders.autoencoder)
@@ -194,7 +204,7 @@ def _latent_pipeline(path: str, model: LatentDenoiser, card: Mapping[str, Any], 
     encoders = encoders_of(card, path, device)
     reader = CaptionReader(encoders, training=list(model.config.trained_encoders))
     return Pipeline(model.to(memory_format=torch.channels_last), Diffusion(**card["diffusion"]), reader, int(card["image_size"]), card.get("sampling", {}),
-                    autoencoder=encoders.autoencoder)
+                    autoencoder=encoders.autoencoder, control_scale=float(card.get("control_scale", 1.0)))
 
 # %% ../nbs/58_generation.ipynb #b8b385e4
 def _official_sampling(upsamples: bool, inpaints: bool) -> dict[str, Any]:
@@ -224,7 +234,8 @@ def load_pipeline(
         if "diffusion" not in card or not tokens.exists():
             raise SettingsError(f"{tokens.parent} holds a network, but not what it was trained for (diffusion in config.json, tokenizer.json)")
         diffusion, size, factor = Diffusion(**card["diffusion"]), int(card["image_size"]), int(card.get("upscale_factor", 4))
-        return Pipeline(model.to(memory_format=torch.channels_last), diffusion, Tokenizer.load(tokens), size, card.get("sampling", {}), factor)
+        return Pipeline(model.to(memory_format=torch.channels_last), diffusion, Tokenizer.load(tokens), size, card.get("sampling", {}), factor,
+                        control_scale=float(card.get("control_scale", 1.0)))
     glide = load_glide(path, device=where)
     config = glide.config
     tokenizer = glide_tokenizer(vocabulary, config.text_context)
@@ -321,6 +332,23 @@ def _to_change(pipeline: Pipeline, count: int, image: Shown | None, mask: Shown 
     return changes if mask is None else {**changes, "known": (pixels, mask_tensor(mask, pipeline.image_size)[None].expand(count, -1, -1, -1))}
 
 
+def _to_follow(pipeline: Pipeline, count: int, control: Shown | Tensor | None, scale: float | None) -> dict[str, Tensor]:
+    "What a control branch is told, N rows; nothing where nothing shall be followed. Raises `SettingsError`."
+    if control is None:
+        if scale is not None:
+            raise SettingsError("control_scale says how strongly a control is followed: give the control too")
+        return {}
+    if (config := pipeline.control) is None:
+        raise SettingsError("this model has no control branch: it cannot follow a picture; train one with control=edges and init_from")
+    size = pipeline.image_size
+    wanted = control if isinstance(control, Tensor) else control_picture(control, config, size)[None]
+    if wanted.ndim != 4 or len(wanted) not in (1, count) or list(wanted.shape[1:]) != [config.channels, size, size]:
+        raise SettingsError(f"the control is {list(wanted.shape)}; this model follows {config.signal}, [{count}, {config.channels}, {size}, {size}], "
+                            "or one for all")
+    strength = torch.full((count,), pipeline.control_scale if scale is None else float(scale))
+    return {"control": wanted.float().expand(count, -1, -1, -1), "control_scale": strength}
+
+
 def check_prompts(
     prompts: Sequence[str],  # what is to be drawn
     negative: Sequence[str] | None,  # what is to be avoided
@@ -347,6 +375,8 @@ def generate(
     image: Shown | None = None,  # to fill in, to change, or to enlarge
     mask: Shown | None = None,  # white where it is kept
     strength: float | None = None,  # of a change, above 0…1
+    control: Shown | Tensor | None = None,  # for a model with a control branch: what it shall follow; None: nothing
+    control_scale: float | None = None,  # how strongly; None: as the model likes it
     seed: int = 0,  # of the first picture; the next have the next seeds
     seeds: Sequence[int] | None = None,  # or one per picture
     device: str = "auto",  # auto, cpu, cuda
@@ -369,7 +399,7 @@ def generate(
     avoid = None if negative is None else [negative] * len(prompts) if isinstance(negative, str) else list(negative)
     check_prompts(prompts, avoid, options.get("guidance", 3.0))
     changes = _to_change(stage, len(prompts), image, mask, strength)
-    given = {} if changes else shown_to(stage, len(prompts), image, mask)
+    given = ({} if changes else shown_to(stage, len(prompts), image, mask)) | _to_follow(stage, len(prompts), control, control_scale)
     pictures = draw(stage.model, stage.diffusion, stage.tokenizer, prompts, stage.image_size, negative=avoid, given=given, seeds=seeds, precision=chosen,
                     steer=steer, autoencoder=stage.autoencoder, told=told, watch=watch, **changes, **options)
     if second is not None:

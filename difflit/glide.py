@@ -620,17 +620,7 @@ class Glide(_Reader):
         text: dict[str, Tensor] | None = None,  # what `encode_text` gave, instead of tokens; one row serves all
     ) -> Tensor:  # [B, out_channels, H, W], float32 (float64 for a double model)
         "What the network says about `x`. Raises `ValueError` on missing or misshapen inputs."
-        batch = x.shape[0]
-        x = _compose_input(self.config, x, low_res, inpaint_image, inpaint_mask)
-        if timesteps.dim() > 1 or timesteps.numel() not in (1, batch):
-            raise ValueError(f"timesteps has the shape {list(timesteps.shape)}; {batch} images need [{batch}] or a single time")
-        if text is None:
-            text = self.empty_text() if tokens is None else self.encode_text(tokens, mask)  # type: ignore[arg-type]
-        pooled, sequence = _check_text(self.config, text, batch)
-        dtype = next(self.time_embed.parameters()).dtype
-        with _no_autocast(x):
-            time = self.time_embed(timestep_embedding(timesteps.expand(batch), self.config.channels).to(dtype))
-        return _paint(self, x, F.silu(time + pooled.to(dtype)), sequence)
+        return _paint(self, *_inputs(self, x, timesteps, tokens, mask, low_res, inpaint_image, inpaint_mask, text))
 
 # %% ../nbs/30_glide.ipynb #de1cb3b1
 def _check_text(config: GlideConfig, text: Mapping[str, Tensor], batch: int) -> tuple[Tensor, Tensor]:
@@ -645,8 +635,26 @@ def _check_text(config: GlideConfig, text: Mapping[str, Tensor], batch: int) -> 
     return pooled, sequence if len(sequence) == batch else sequence.expand(batch, -1, -1)
 
 
-def _paint(model: Glide, x: Tensor, emb: Tensor, sequence: Tensor) -> Tensor:
-    "The U-Net itself, in the precision of its convolutions."
+def _inputs(
+    model: Glide, x: Tensor, timesteps: Tensor, tokens: Tensor | None, mask: Tensor | None, low_res: Tensor | None, image: Tensor | None,
+    known: Tensor | None, text: dict[str, Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    "What the U-Net works with: the channels of its first convolution, SiLU of time plus pooled text, the words."
+    batch = x.shape[0]
+    x = _compose_input(model.config, x, low_res, image, known)
+    if timesteps.dim() > 1 or timesteps.numel() not in (1, batch):
+        raise ValueError(f"timesteps has the shape {list(timesteps.shape)}; {batch} images need [{batch}] or a single time")
+    if text is None:
+        text = model.empty_text() if tokens is None else model.encode_text(tokens, mask)  # type: ignore[arg-type]
+    pooled, sequence = _check_text(model.config, text, batch)
+    dtype = next(model.time_embed.parameters()).dtype
+    with _no_autocast(x):
+        time = model.time_embed(timestep_embedding(timesteps.expand(batch), model.config.channels).to(dtype))
+    return x, F.silu(time + pooled.to(dtype)), sequence
+
+
+def _paint(model: Glide, x: Tensor, emb: Tensor, sequence: Tensor, fuse: Callable[[list[Tensor]], list[Tensor]] | None = None) -> Tensor:
+    "The U-Net itself, in the precision of its convolutions; `fuse` may change what is handed to the way up: what was kept, and the middle."
     h = x.to(next(model.input_blocks.parameters()).dtype)
     checkpointing = model.config.checkpointing and torch.is_grad_enabled()
     kept = []
@@ -656,6 +664,8 @@ def _paint(model: Glide, x: Tensor, emb: Tensor, sequence: Tensor) -> Tensor:
             h = h + model.position_map.to(h.dtype)
         kept.append(h)
     h = model.middle_block(h, emb, sequence, checkpointing)
+    if fuse is not None:
+        *kept, h = fuse([*kept, h])
     for stage in model.output_blocks:
         h = stage(torch.cat([h, kept.pop()], dim=1), emb, sequence, checkpointing)
     h = film_norm(model.out[0], h)  # type: ignore[arg-type]

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['HELD_OUT', 'PREVIEWS', 'open_split', 'staged', 'read_prompts', 'fill_caches', 'cached_split', 'JobData',
-           'sound_samples', 'open_data']
+           'sound_samples', 'with_columns', 'open_data']
 
 # %% ../nbs/70_job_data.ipynb #f18d247b
 import logging
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from PIL import Image
 from .cached import CachedSource, SampleSet, TableSource, list_sets, make_set, note_captions, renew_set
 from .caching import CacheError, Store, caption_keys
 from .config import CacheSettings, SettingsError, TrainSettings
-from .data import DataError, Sample, Source
+from .data import DataError, Sample, Source, parse_columns
 from .encoders import Encoders, find_store, imported_suffix, latent_recipes, open_encoders, text_recipe
 from .filling import FillReport, fill_latents, fill_text, missing, variant_count
 from .loading import MixedSource, is_stream, open_source
@@ -263,11 +263,25 @@ def sound_samples(
 
 PREVIEWS = 16
 
+# %% ../nbs/70_job_data.ipynb #9a297980
+def with_columns(
+    source: Source,  # perhaps with damaged samples
+    indices: Iterable[int],  # which are asked for
+    columns: str,  # such as "segmentation", see `difflit.data.parse_columns`
+) -> Iterator[Sample]:  # those that can be used, each with its columns as `beside` in the metadata
+    "Sound samples with what they have besides. Raises `DataError` if they have no such thing."
+    wanted = parse_columns(columns)
+    where: Any = source.source if isinstance(source, CachedSource) else source
+    for index in indices:
+        for sample in sound_samples(source, [index]):
+            place = int(source.kept[index]) if isinstance(source, CachedSource) else int(index)
+            yield replace(sample, metadata={**sample.metadata, "beside": where.extras(place, wanted)}) if wanted else sample
 
-def _as_prompts(source: Source, indices: Iterable[int], count: int, image_size: int) -> list[Sample]:
-    "Samples for their captions; latents are not decoded for that."
-    if not isinstance(source, CachedSource):
-        return list(islice(sound_samples(source, indices), count))
+
+def _as_prompts(source: Source, indices: Iterable[int], count: int, image_size: int, columns: str | None = None) -> list[Sample]:
+    "Samples for their captions; latents are not decoded for that, unless the pictures are asked for too, with columns or without."
+    if columns is not None or not isinstance(source, CachedSource):
+        return list(islice(with_columns(source, indices, columns or ""), count))
     blank, ids, captions = Image.new("RGB", (image_size,) * 2), source.ids(), source.captions(len(source))
     return [Sample(blank, captions[int(i)], ids[int(i)]) for i in islice(indices, count)]
 
@@ -275,6 +289,7 @@ def _as_prompts(source: Source, indices: Iterable[int], count: int, image_size: 
 def open_data(
     settings: TrainSettings,  # resolved
     encoders: Encoders | None = None,  # of a latent run, whose caches are full
+    columns: str | None = None,  # what prompts are to have besides their caption: nothing, "" their picture, or columns with it
 ) -> JobData:  # three roles
     "Open what a run needs. Raises `DataError`, `CacheError` or `SettingsError` that says what was looked for."
     if encoders is None:
@@ -290,8 +305,8 @@ def open_data(
     count, n = PREVIEWS + settings.score_images, len(asked)
     mixed = n < count or asked.sizes() is not None or isinstance(asked, MixedSource)  # neighbours in a tar or folder may be much alike
     chosen = (int(permute(settings.seed, "prompts", i, n)) for i in range(n)) if mixed else range(n)
-    prompts = _as_prompts(asked, chosen, count, settings.image_size)
-    return JobData(source, held_out, prompts or _as_prompts(source, range(len(source)), count, settings.image_size))
+    prompts = _as_prompts(asked, chosen, count, settings.image_size, columns)
+    return JobData(source, held_out, prompts or _as_prompts(source, range(len(source)), count, settings.image_size, columns))
 
 
 def _held_out(settings: TrainSettings) -> Source | None:

@@ -534,12 +534,7 @@ class LatentDenoiser(nn.Module):
         text: Mapping[str, Mapping[str, Tensor]],  # name → `states` [B, L, D] and `mask` [B, L], or `tokens` and `mask` where the encoder trains
     ) -> Tensor:  # the answer, [B, C, h, w]
         "Predict what the diffusion asks for."
-        if torch.is_inference_mode_enabled() and not torch.compiler.is_compiling():  # sampling hands over the same words at every step
-            if self._words is None or self._words[0] is not text:
-                self._words = text, *_joined(self, text)
-            _, states, mask = self._words
-        else:
-            states, mask = _joined(self, text)
+        states, mask = _said(self, text)
         return self.unet(x, times, encoder_hidden_states=states, encoder_attention_mask=mask, return_dict=False)[0]
 
     def encode_text(
@@ -576,6 +571,15 @@ def _projected(model: LatentDenoiser, name: str, entry: Mapping[str, Tensor]) ->
     states = states.to(model.unet.conv_in.weight.dtype)
     projection = model.projections[_key(name)] if _key(name) in model.projections else None
     return states if projection is None else projection(states), entry.get("mask") if model.config.encoders[name]["masked"] else None
+
+
+def _said(model: LatentDenoiser, text: Mapping[str, Mapping[str, Tensor]]) -> tuple[Tensor, Tensor | None]:
+    "States and mask for the UNet; in sampling, which hands over the same words at every step, those of the step before."
+    if not torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
+        return _joined(model, text)
+    if model._words is None or model._words[0] is not text:
+        model._words = text, *_joined(model, text)
+    return model._words[1:]
 
 
 def _joined(model: LatentDenoiser, text: Mapping[str, Mapping[str, Tensor]]) -> tuple[Tensor, Tensor | None]:

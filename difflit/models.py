@@ -99,13 +99,28 @@ family("glide", GlideConfig, Glide, {name: re.compile(pattern).search for name, 
 family("clip", ClipConfig, Clip, {part: re.compile(rf"^{part}_encoder\.").match for part in ("text", "image")})
 
 # %% ../nbs/35_models.ipynb #8bc6cb38
-def _register_latent() -> None:
-    "Latent networks are registered when the first is met: their libraries take seconds to import."
-    if "latent" not in FAMILIES:
-        from difflit.adapters import LATENT_PARTS, build_latent
-        from difflit.latent import LatentConfig
+def _register_late(name: str) -> None:
+    "Latent networks and those with a control branch are registered when the first is met: their libraries take seconds to import."
+    if name == "autoencoder":
+        _register_autoencoder()
+    if name in FAMILIES or name not in ("latent", "controlled-glide", "controlled-latent"):
+        return
+    from difflit.adapters import LATENT_PARTS, build_latent
+    from difflit.latent import LatentConfig
 
-        family("latent", LatentConfig, build_latent, {name: re.compile(pattern).search for name, pattern in LATENT_PARTS.items()})
+    family("latent", LatentConfig, build_latent, {part: re.compile(pattern).search for part, pattern in LATENT_PARTS.items()})
+    from difflit.controlnet import ControlledGlide, ControlledGlideConfig, ControlledLatent, ControlledLatentConfig
+
+    branch: dict[str, Part] = {"control": re.compile(r"^control\.").match}
+    parts = {base: {part: _outside(belongs) for part, belongs in PARTS[base].items()} | branch for base in ("glide", "latent")}
+    family("controlled-glide", ControlledGlideConfig, ControlledGlide, parts["glide"])
+    build: Callable[[Any], nn.Module] = lambda config: ControlledLatent(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    family("controlled-latent", ControlledLatentConfig, build, parts["latent"])
+
+
+def _outside(belongs: Part) -> Part:
+    "A part of the base: the branch has many of the same names."
+    return lambda name: not name.startswith("control.") and belongs(name)
 
 
 _AUTOENCODER_PARTS = {"encoder": r"^vae\.(encoder|quant_conv)\.", "decoder": r"^vae\.(decoder|post_quant_conv)\.", "heads": r"^heads\.",
@@ -123,13 +138,12 @@ def _register_autoencoder() -> None:
 def _family_of(model: nn.Module) -> str:
     "The family's name. Raises `ValueError` if none is registered for the model's config."
     config: Any = getattr(model, "config", None)
-    if type(config).__module__ == "difflit.latent":
-        _register_latent()
-    if type(config).__module__ == "difflit.autoencoder":
-        _register_autoencoder()
-    for name, (kind, _) in FAMILIES.items():
-        if isinstance(config, kind):
-            return name
+    late = {"difflit.latent": "latent", "difflit.controlnet": "latent", "difflit.autoencoder": "autoencoder"}
+    _register_late(late.get(type(config).__module__, ""))
+    for fits in (lambda kind: type(config) is kind, lambda kind: isinstance(config, kind)):  # the config of a branch is also one of its base
+        for name, (kind, _) in FAMILIES.items():
+            if fits(kind):
+                return name
     raise ValueError(f"{type(model).__name__} has no .config of a registered family ({', '.join(FAMILIES)}); register one with `family`")
 
 
@@ -152,10 +166,7 @@ def build_model(
 ) -> nn.Module:  # with random weights
     "The network that a description describes. Raises `SettingsError` on an unknown family."
     name = str(card.get("family"))
-    if name == "latent":
-        _register_latent()
-    if name == "autoencoder":
-        _register_autoencoder()
+    _register_late(name)
     if name not in FAMILIES:
         raise SettingsError(f"there is no family of models {name!r}{nearest(name, FAMILIES)}")
     config, build = FAMILIES[name]

@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['TASKS', 'RGB_LOSSES', 'TaskLoss', 'Task', 'task', 'create_task', 'weighted', 'DiffusionTask', 'TextToImage',
            'quantise', 'low_resolution', 'random_patches', 'Upsample', 'random_masks', 'Inpaint', 'UpsampleInpaint',
-           'NoisedClip', 'CleanClip', 'check_moments', 'text_of', 'LatentDiffusion', 'Autoencoding', 'column_of']
+           'NoisedClip', 'CleanClip', 'check_moments', 'text_of', 'LatentDiffusion', 'Control', 'LatentControl',
+           'Autoencoding', 'column_of']
 
 # %% ../nbs/48_tasks.ipynb #e9afe1b8
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -432,6 +434,36 @@ class LatentDiffusion(TextToImage):
         raw = mse(answer, target)
         loss = loss_weight(self.diffusion, times, self.min_snr_gamma) * raw
         return self._judged(batch, times, noised, answer, target, loss, raw, purpose)
+
+# %% ../nbs/48_tasks.ipynb #3fe03e7b
+class _Controlled(DiffusionTask):
+    "What the tasks with a control have in common."
+
+    signal: Callable[[Mapping[str, Any]], Tensor]
+
+    def _trained_on(self, batch: Mapping[str, Any], purpose: str) -> Mapping[str, Any]:
+        "The same, and what the branch sees."
+        return {**super()._trained_on(batch, purpose), "control": self.signal(batch)}
+
+    def _compare(self, model: nn.Module, batch: Mapping[str, Any], times: Tensor, noise: Tensor, purpose: str) -> TaskLoss:
+        "The same, of a network that sees the control."
+        return super()._compare(partial(model, control=batch["control"]), batch, times, noise, purpose)  # type: ignore[arg-type]
+
+
+@task("control")
+@dataclass
+class Control(_Controlled, TextToImage):
+    "Text to image with a control. Source: Zhang et al. 2023, eq. 3."
+
+    signal: Callable[[Mapping[str, Any]], Tensor] = field(kw_only=True)  # a batch → what the branch sees, [B, channels, H, W] in −1…1
+
+
+@task("latent-control")
+@dataclass
+class LatentControl(_Controlled, LatentDiffusion):
+    "Latent diffusion with a control, in pixels. Source: Zhang et al. 2023, eq. 3."
+
+    signal: Callable[[Mapping[str, Any]], Tensor] = field(kw_only=True)  # a batch → what the branch sees, [B, channels, H, W] in −1…1
 
 # %% ../nbs/48_tasks.ipynb #561db048
 class _AsItIs:
