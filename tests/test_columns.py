@@ -109,6 +109,7 @@ def test_a_map_that_is_a_colour_picture_stops_a_run_that_forgives_nothing(tmp_pa
             next(loader)
 
 
+@pytest.mark.slow
 def test_a_job_hands_its_columns_to_the_loader(tmp_path: Path) -> None:
     """The setting `extras` reaches the batches of a run, and what nobody has ends it before the first step."""
     from difflit.recipes import prepare, train_job
