@@ -197,7 +197,7 @@ def cut_of(
     header, picture, box, mirrored = _boxed(sample, size, augmentation, draws, decoder)
     return Cut(picture, box if header is None else taken_box(header, box, size), size, mirrored)
 
-
+# %% ../nbs/14_augmentation.ipynb #b7269540
 def _sizes_differ(kind: str, own: tuple[int, int], picture: tuple[int, int]) -> DamagedSample:
     "What is said of a map that does not fit its picture."
     return DamagedSample(f"its {kind} has {own[0]} × {own[1]} pixels, and the picture {picture[0]} × {picture[1]}: they do not show the same")

@@ -515,8 +515,20 @@ class _Ahead:
         self._stop.set()
         self._thread.join()
 
+# %% ../nbs/22_cached.ipynb #c011832d
+class _More:
+    "What batches hold beside latents and states."
+
+    _weights: np.ndarray | None
+    _beside: _Beside | None
+
+    def _more(self, indices: np.ndarray, variants: np.ndarray | None) -> dict[str, Tensor]:
+        "Weights and columns of some samples."
+        weights = {} if self._weights is None else {"weight": torch.from_numpy(self._weights[indices])}
+        return weights if self._beside is None else weights | self._beside(indices, np.zeros(len(indices), np.int64) if variants is None else variants)
+
 # %% ../nbs/22_cached.ipynb #1832dee2
-class _Sequence:
+class _Sequence(_More):
     "Batches one after another from a position, and the state of it."
 
     decoder = "cache"
@@ -534,8 +546,6 @@ class _Sequence:
     position: int
     _encode: Callable[[list[str]], Mapping[str, Any]] | None
     _lengths: Mapping[str, int] | None
-    _weights: np.ndarray | None
-    _beside: "_Beside | None"
     _ahead: _Ahead | None
 
     def _make(self, start: int) -> dict[str, Any]:
@@ -546,10 +556,7 @@ class _Sequence:
         silent = dropped(self.seed, positions, self.uncond_p).numpy() if self.uncond_p else None
         indices = self.order.at(positions).numpy()
         batch = read_batch(self.source, indices, positions, variants=variants, silent=silent, lengths=self._lengths, encode=self._encode)
-        if self._weights is not None:
-            batch["weight"] = torch.from_numpy(self._weights[indices])
-        if self._beside is not None:
-            batch |= self._beside(indices, np.zeros(len(indices), np.int64) if variants is None else variants)
+        batch |= self._more(indices, variants)
         return {k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in batch.items()} if self.pin and torch.cuda.is_available() else batch
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

@@ -316,7 +316,7 @@ def _jpeg_pixels(content: bytes, header: Header, divisor: int, decoder: str) -> 
         raise DamagedImage(f"the JPEG says {header.width} × {header.height} pixels and holds {pixels.shape[1] * divisor} × {pixels.shape[0] * divisor}")
     return pixels
 
-# %% ../nbs/13_decoding.ipynb #f06f4b9a
+# %% ../nbs/13_decoding.ipynb #cfb7876e
 def _on_grids(header: Header, box: Box, size: tuple[int, int], margin: float) -> tuple[int, tuple[int, int], tuple[int, int]]:
     "The scale at which a JPEG is decoded for a cut, and the columns and rows of it that are taken."
     stored = box if header.orientation == 1 else _stored(box, header)

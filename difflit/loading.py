@@ -73,8 +73,33 @@ def _all_known(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
     "The rows of all parts, if every part knows its own."
     return None if any(p is None for p in parts) else np.concatenate([p for p in parts if p is not None])
 
+# %% ../nbs/17_loading.ipynb #c0136715
+class _Parts(Source):
+    "Which part of a mixture a sample belongs to, and its columns."
+
+    sources: list[Source]
+    names: list[str]
+    starts: list[int]
+
+    def _part(self, index: int) -> tuple[Source, int]:
+        part = int(np.searchsorted(self.starts, self._checked(index), side="right")) - 1
+        return self.sources[part], index - self.starts[part]
+
+    def extras(self, index: int, columns: Sequence[Column]) -> dict[str, Image.Image | int | float]:
+        source, inside = self._part(index)
+        return source.extras(inside, columns)
+
+    def class_names(self, column: Column) -> list[str]:
+        "Raises `DataError` where one number means different things in different parts."
+        found = {name: names for name, names in zip(self.names, (s.class_names(column) for s in self.sources)) if names}
+        first, *others = found or [""]
+        if different := [other for other in others if found[other] != found[first]]:
+            raise DataError(f"the classes of the column {column.name!r} are {', '.join(found[first][:8])} in {first}, and "
+                            f"{', '.join(found[different[0]][:8])} in {different[0]}: one number would mean two things")
+        return found.get(first, [])
+
 # %% ../nbs/17_loading.ipynb #3671599c
-class MixedSource(Source):
+class MixedSource(_Parts):
     "Several sources as one, each drawn in its share."
 
     def __init__(
@@ -95,10 +120,6 @@ class MixedSource(Source):
     def __len__(self) -> int:
         return self.starts[-1]
 
-    def _part(self, index: int) -> tuple[Source, int]:
-        part = int(np.searchsorted(self.starts, self._checked(index), side="right")) - 1
-        return self.sources[part], index - self.starts[part]
-
     def __getitem__(self, index: int) -> Sample:
         source, inside = self._part(index)
         return source[inside]
@@ -107,19 +128,6 @@ class MixedSource(Source):
         source, inside = self._part(index)
         kind: Any = type(source)
         return source.encoded(inside, **({} if metadata else _lean(kind)))
-
-    def extras(self, index: int, columns: Sequence[Column]) -> dict[str, Image.Image | int | float]:
-        source, inside = self._part(index)
-        return source.extras(inside, columns)
-
-    def class_names(self, column: Column) -> list[str]:
-        "Raises `DataError` where one number means different things in different parts."
-        found = {name: names for name, names in zip(self.names, (s.class_names(column) for s in self.sources)) if names}
-        first, *others = found or [""]
-        if different := [other for other in others if found[other] != found[first]]:
-            raise DataError(f"the classes of the column {column.name!r} are {', '.join(found[first][:8])} in {first}, and "
-                            f"{', '.join(found[different[0]][:8])} in {different[0]}: one number would mean two things")
-        return found.get(first, [])
 
     def sizes(self) -> np.ndarray | None:
         return _all_known([s.sizes() for s in self.sources])
@@ -398,7 +406,7 @@ class _Besides:
         dtypes = {"labels": np.int64, "picture": np.uint8}
         return {c.name: np.empty(rooms[c.kind], dtypes.get(c.kind) or self.dtypes[c.name]) for c in self.columns}
 
-
+# %% ../nbs/17_loading.ipynb #dafa7aba
 def _look_beside(source: Source, columns: Sequence[Column]) -> _Besides | None:
     "Make ready to read columns; nothing where there are none. Raises `MissingColumn` if none of the first samples has one of them."
     if not columns:
