@@ -87,7 +87,7 @@ from difflit.controlnet import (
     ControlConfig, ControlledGlide, ControlledLatent, control_glide, control_latent, control_of, latent_widths, load_control, parse_control, sample_control,
     scene_iou,
 )
-from .data import Column, parse_columns
+from .data import Column
 from .evaluation import Candidate, Question, judge, make_panel
 from .job_data import open_split
 from .loading import put_together
