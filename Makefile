@@ -4,6 +4,8 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PRESET ?= shapes
 RUN ?= runs/$(shell date +%Y%m%d-%H%M%S)-$(PRESET)
+# Runs of several processes that time each other, a scheduler, browsers: nothing runs beside them
+ALONE := tests/test_many.py tests/test_schedulers.py tests/test_app.py tests/test_jupyterlab.py
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: help install train test slow bench readme docs clean
@@ -21,7 +23,7 @@ install: $(STAMP)
 $(STAMP): settings.ini setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "difflit needs Python 3.11 or newer: make PYTHON=python3.11 …")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,digits,optimizers,wandb,metrics,cluster,app]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,digits,optimizers,wandb,metrics,cluster,app,explore]'
 	@if git rev-parse --git-dir >/dev/null 2>&1; then $(BIN)/nbdev_install_hooks >/dev/null; fi
 	@touch $(STAMP)
 
@@ -37,8 +39,8 @@ test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist worksteal --ignore tests/test_many.py --ignore tests/test_schedulers.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_many.py tests/test_schedulers.py  # runs of several processes that time each other, and a scheduler: alone
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist worksteal $(ALONE:%=--ignore %)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ALONE)
 
 slow: $(STAMP)
 	$(BIN)/nbdev_test --n_workers 1 --flags slow

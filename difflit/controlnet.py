@@ -296,7 +296,8 @@ class _GlideBranch(nn.Module):
     def __init__(self, config: ControlledGlideConfig):
         super().__init__()
         width, (first, *more) = config.channels * config.channel_mult[0], config.control.widths
-        self.config, layers = config, [_conv(config.control.channels, first)]
+        layers: list[nn.Module] = [_conv(config.control.channels, first)]
+        self.config = config
         for inputs, outputs in zip((first, *more), (*more, width)):
             layers += [nn.SiLU(), _conv(inputs, outputs)]
         self.read = nn.Sequential(*layers)
@@ -476,7 +477,7 @@ class ControlledLatent(LatentDenoiser):
         _check_control(control, self.config.control, [side * factor for side in x.shape[2:]], len(x))
         states, mask = _said(self, text)
         told = self.control(x, times, states, mask, control.expand(len(x), -1, -1, -1))
-        put = [scaled(fusion.change(f), control_scale) if fusion.adds else _OnTheRight(fusion, f, control_scale)  # type: ignore[operator]
+        put = [scaled(fusion.change(f), control_scale) if fusion.adds else _OnTheRight(fusion, f, control_scale)  # type: ignore[operator, arg-type]
                for fusion, f in zip(self.control.fusions, told)]
         return self.unet(x, times, encoder_hidden_states=states, encoder_attention_mask=mask, down_block_additional_residuals=tuple(put[:-1]),
                          mid_block_additional_residual=put[-1], return_dict=False)[0]
@@ -520,7 +521,8 @@ def as_controlnet(
     fusions: Any = model.control.fusions
     if not fusions[0].adds:
         raise SettingsError(f"diffusers adds what a branch says; fusion={fusions[0].kind!r} does more, and no pipeline of diffusers could use it")
-    net = _controlnet(model.unet, model.config.control, copy=False).to(model.unet.dtype)
+    net: Any = _controlnet(model.unet, model.config.control, copy=False)
+    net = net.to(model.unet.dtype)
     tensors = dict(model.control.net.state_dict())
     for i, fusion in enumerate(fusions):
         place = f"controlnet_down_blocks.{i}" if i < len(fusions) - 1 else "controlnet_mid_block"
@@ -589,7 +591,7 @@ def load_control(
         raise SettingsError(f"{folder} was trained on a base with the digest {card['base'][:12]}, this one has {mine[:12]}: give it the base that it was "
                             "trained on, or take it all the same with any_base=True")
     described = ControlConfig(**card["control"])
-    made: Any = control_latent(base, described) if latent else control_glide(base, described)
+    made: Any = control_latent(base, described) if isinstance(base, LatentDenoiser) else control_glide(base, described)
     file = next((f for f in (folder / "control.safetensors", folder / "diffusion_pytorch_model.safetensors") if f.is_file()), None)
     if file is None:
         raise SettingsError(f"{folder} has no weights: looked for control.safetensors and diffusion_pytorch_model.safetensors")

@@ -721,7 +721,6 @@ def make_loader(
                   drop_last=s.drop_last, block=s.block, balance=s.balance, class_weights=s.class_weights, bad_samples=s.bad_samples,
                   on_bad=partial(_note_damaged, run), decoder=s.decoder, raw=on_gpu, columns=job_columns(s))
 
-
 # %% ../nbs/71_recipes.ipynb #b5d3aa40
 def _make_stream(run: Run, source: Glimpse, tokenizer: Tokenizer | Unread, on_gpu: bool) -> StreamLoader:
     "The loader of a run that reads a stream. Raises `SettingsError` on settings that need an index."
@@ -872,7 +871,7 @@ def _followed(
 
 def _control_scores(job: TrainingJob, samples: Sequence[Sample], images: Tensor) -> dict[str, Any]:
     "For drawn scenes: how well pictures keep to the layout that was asked for, with their controls and without, from the same prompts and seeds."
-    scenes = [sample.metadata.get("scene") for sample in samples]
+    scenes: list[Any] = [sample.metadata.get("scene") for sample in samples]
     if not all(scenes):
         return {}
     free = job_pictures(job, samples, first_seed=10_000, follow=False)[0]

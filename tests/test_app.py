@@ -133,6 +133,7 @@ def test_two_users_wait_for_each_other_and_cancel_stops(user, studio):
     told(first, "done")
 
 
+@pytest.mark.slow
 def test_a_closed_window_stops_its_drawing(user, studio):
     window = user()
     ask(window, count=16, steps=500)
@@ -144,6 +145,7 @@ def test_a_closed_window_stops_its_drawing(user, studio):
     assert len(studio.line) == 0
 
 
+@pytest.mark.slow
 def test_side_by_side(user, studio):
     window = user()
     window.click("#stages > button")
@@ -204,6 +206,7 @@ def test_reload_keeps_the_gallery(user):
     told(window, "done")
 
 
+@pytest.mark.slow
 def test_runs_are_shown_and_new_models_are_found(user, studio):
     window = user()
     save_run(studio.root / "fresh", seed=4, steps=(30,))

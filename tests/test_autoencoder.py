@@ -104,6 +104,7 @@ def test_micro_batches_add_up(tmp_path):
     assert all(torch.allclose(one[k], two[k], atol=2e-5) for k in one)
 
 
+@pytest.mark.slow
 def test_it_learns_its_heads():
     """Four pictures by heart: colours, every pixel's class, every picture's class."""
     torch.manual_seed(0)
@@ -153,6 +154,7 @@ def test_chain(tmp_path, monkeypatch):
         load_pipeline("runs/my-autoencoder", "cpu")
 
 
+@pytest.mark.slow
 def test_the_best_is_exported_and_the_latest_stays(tmp_path):
     """A rate that breaks what was learnt: the best checkpoint is an early one."""
     job, judged = trained(tmp_path / "run", score=True, keep_best=1, best_by="+val_psnr", steps=8, lr=0.5, warmup_steps=5, lr_schedule="constant",

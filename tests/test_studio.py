@@ -64,7 +64,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+OFTEN = ("plain", "settings", "filled in")  # the others take minutes together
+
+
+@pytest.mark.parametrize("name", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in CASES])
 def test_the_command_draws_the_same_bits(studio, tmp_path, name):
     news, = draw(studio, **CASES[name])
     words = shlex.split(news.command)
