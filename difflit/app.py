@@ -512,7 +512,7 @@ def serve(
     Image.MAX_IMAGE_PIXELS = MOST_SIDE * MOST_SIDE // 2  # pillow refuses twice as many before it unpacks them
     page, guard = open_page(studio), Middleware(Guard, local=password is None)
     try:
-        page.launch(server_name=host, server_port=port, auth=None if password is None else (user, password), max_file_size=MOST_BYTES,
+        page.launch(inline=False, server_name=host, server_port=port, auth=None if password is None else (user, password), max_file_size=MOST_BYTES,
                     allowed_paths=[str(studio.folder.resolve())], blocked_paths=[], css=CSS, theme=_theme(gr), **_CLOSED,
                     app_kwargs={"middleware": [guard], "docs_url": None, "redoc_url": None, "openapi_url": None})
     except OSError as error:

@@ -334,10 +334,6 @@ def sample_command(
     if again:
         return _draw_again(again, Path(out), device)
     where, texts = model or checkpoint, [*(prompt or []), *_read_prompts(prompts)]
-    if where is None:
-        raise SettingsError("which model shall draw? Give a run, a checkpoint, a file, or a name such as base")
-    if not texts:
-        raise SettingsError('what shall be drawn? Give --prompt "a red circle" or --prompts FILE')
     _draw(where, texts, asked)
 
 # %% ../nbs/89_cli.ipynb #826177bc
@@ -360,8 +356,12 @@ def _numbers(what: str, text: str | None, sign: str, kind: type) -> tuple[Any, A
     return first, second
 
 
-def _draw(where: str, texts: list[str], asked: dict[str, Any]) -> None:
+def _draw(where: str | None, texts: list[str], asked: dict[str, Any]) -> None:
     "The pictures of `difflit sample`."
+    if where is None:
+        raise SettingsError("which model shall draw? Give a run, a checkpoint, a file, or a name such as base")
+    if not texts:
+        raise SettingsError('what shall be drawn? Give --prompt "a red circle" or --prompts FILE')
     from difflit.albums import Part, draw_album, draw_best, open_album, part_of_environment, require_writable
     from difflit.reranking import load_scorer
 

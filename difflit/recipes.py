@@ -317,7 +317,7 @@ def text_is_frozen(
     reading = set(select_parameters(model, "text"))
     return not any(p.requires_grad for n, p in model.named_parameters() if n in reading)
 
-
+# %% ../nbs/71_recipes.ipynb #b71d5c04
 def build_task(
     settings: TrainSettings,  # resolved
     model: nn.Module,  # with what is frozen frozen
