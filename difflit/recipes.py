@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['COMPARED', 'SCORERS', 'make_tokenizer', 'build_network', 'build_diffusion', 'branch_of', 'column_of',
-           'control_config', 'with_control', 'task_name', 'text_is_frozen', 'build_task', 'Unread', 'TrainingJob',
-           'count_steps', 'rate_factors', 'prepare', 'read_damaged', 'make_loader', 'data_changes', 'job_sampling',
-           'whole_pictures', 'average_of', 'job_pictures', 'preview_prompts', 'save_preview', 'save_job', 'validate',
-           'judge_now', 'audit_now', 'job_hooks', 'train_job', 'scorer', 'score_shapes', 'score_digits', 'score_emoji',
-           'Judged', 'score_job', 'parse_heads', 'job_columns', 'batch_beside', 'coding_network', 'coding_scores',
-           'measure_coder', 'export_coder']
+           'control_config', 'parse_heads', 'job_columns', 'with_control', 'task_name', 'text_is_frozen', 'build_task',
+           'Unread', 'TrainingJob', 'count_steps', 'rate_factors', 'prepare', 'read_damaged', 'make_loader',
+           'data_changes', 'job_sampling', 'whole_pictures', 'average_of', 'job_pictures', 'preview_prompts',
+           'save_preview', 'save_job', 'validate', 'judge_now', 'audit_now', 'job_hooks', 'train_job', 'scorer',
+           'score_shapes', 'score_digits', 'score_emoji', 'Judged', 'score_job', 'batch_beside', 'coding_network',
+           'coding_scores', 'measure_coder', 'export_coder']
 
 # %% ../nbs/71_recipes.ipynb #67fadd95
 import copy
@@ -39,7 +39,7 @@ from .averaging import make_averages, save_snapshot
 from .checkpoints import Checkpoint, CheckpointError, CheckpointWriter, Retention, checkpoint_bytes, newest_checkpoint, newest_sharded
 from .config import SettingsError, TrainSettings, read_options
 from .cached import CachedLoader, CachedSource, read_batch
-from .data import DataError, Sample, Source, caption_grid, collate, image_tensor, parse_columns, to_images
+from .data import Column, DataError, Sample, Source, caption_grid, collate, image_tensor, parse_columns, to_images
 from .diagnostics import part_groups, part_norms, peak_flops, qk_gradients, step_flops
 from .diffusion import Diffusion
 from .encoders import CaptionReader, Encoders, imported_suffix, is_latent, latent_network, open_encoders
@@ -87,7 +87,6 @@ from difflit.controlnet import (
     ControlConfig, ControlledGlide, ControlledLatent, control_glide, control_latent, control_of, latent_widths, load_control, parse_control, sample_control,
     scene_iou,
 )
-from .data import Column
 from .evaluation import Candidate, Question, judge, make_panel
 from .job_data import open_split
 from .loading import put_together
@@ -234,6 +233,33 @@ def control_config(
     channels = {"edges": 1, "one-hot": classes}.get(form, 3)
     widths = {} if factor is None else {"widths": latent_widths(factor)}
     return ControlConfig(name, form, channels, classes, settings.control_fusion, settings.control_factor, **widths)
+
+# %% ../nbs/71_recipes.ipynb #83deda10
+def parse_heads(
+    text: str,  # such as "segmentation=1, label:10=0.1": names, classes behind a colon where the data do not know them, weights
+) -> dict[str, tuple[float, int | None]]:  # name → weight, classes
+    "The heads of an autoencoder. Raises `SettingsError` that shows how they are written."
+    found: dict[str, tuple[float, int | None]] = {}
+    for word in (w.strip() for w in text.split(",") if w.strip()):
+        name, _, classes = (part.strip() for part in word.partition("=")[0].partition(":"))
+        try:
+            weight, count = float(word.partition("=")[2] or 1), int(classes) if classes else None
+        except ValueError:
+            weight, count = math.nan, None
+        if not (name and math.isfinite(weight) and weight >= 0) or name in found:
+            raise SettingsError(f"heads={text!r}: {word!r} is " + ("named twice" if name in found else "not understood") + "; write NAME=WEIGHT, or "
+                                "NAME:CLASSES=WEIGHT, comma between, weights 0 or above, as in segmentation=1, label:10=0.1")
+        found[name] = weight, count
+    return found
+
+
+def job_columns(
+    settings: TrainSettings,  # resolved
+) -> tuple[Column, ...]:  # what batches hold besides pictures and captions
+    "The columns that a run reads. Raises `SettingsError` or `DataError` that says how they are written."
+    given = parse_columns(settings.extras)
+    asked = parse_columns([*parse_heads(settings.heads), column_of(settings)] if column_of(settings) else list(parse_heads(settings.heads)))
+    return given + tuple(column for column in asked if column.name not in {known.name for known in given})
 
 # %% ../nbs/71_recipes.ipynb #16ed719e
 def with_control(
@@ -1333,33 +1359,6 @@ def score_job(
         write_json(job.run.path / "scores.json", scores)
         atomic_write(job.run.path / "samples" / "final.png", caption_grid(images[:32], captions[:32]).png())
     return Judged(images, captions, scores, shown, truth, _enlarge(job, images[:PREVIEWS], captions[:PREVIEWS]))
-
-# %% ../nbs/71_recipes.ipynb #83deda10
-def parse_heads(
-    text: str,  # such as "segmentation=1, label:10=0.1": names, classes behind a colon where the data do not know them, weights
-) -> dict[str, tuple[float, int | None]]:  # name → weight, classes
-    "The heads of an autoencoder. Raises `SettingsError` that shows how they are written."
-    found: dict[str, tuple[float, int | None]] = {}
-    for word in (w.strip() for w in text.split(",") if w.strip()):
-        name, _, classes = (part.strip() for part in word.partition("=")[0].partition(":"))
-        try:
-            weight, count = float(word.partition("=")[2] or 1), int(classes) if classes else None
-        except ValueError:
-            weight, count = math.nan, None
-        if not (name and math.isfinite(weight) and weight >= 0) or name in found:
-            raise SettingsError(f"heads={text!r}: {word!r} is " + ("named twice" if name in found else "not understood") + "; write NAME=WEIGHT, or "
-                                "NAME:CLASSES=WEIGHT, comma between, weights 0 or above, as in segmentation=1, label:10=0.1")
-        found[name] = weight, count
-    return found
-
-
-def job_columns(
-    settings: TrainSettings,  # resolved
-) -> tuple[Column, ...]:  # what batches hold besides pictures and captions
-    "The columns that a run reads. Raises `SettingsError` or `DataError` that says how they are written."
-    given = parse_columns(settings.extras)
-    asked = parse_columns([*parse_heads(settings.heads), column_of(settings)] if column_of(settings) else list(parse_heads(settings.heads)))
-    return given + tuple(column for column in asked if column.name not in {known.name for known in given})
 
 # %% ../nbs/71_recipes.ipynb #f1de6710
 def batch_beside(
