@@ -477,7 +477,7 @@ _GLIDE: dict[str, Any] = dict(data="images", image_size=64, context=128, schedul
 def glide_base() -> dict:
     """Fine-tune OpenAI's GLIDE at 64 px on your own images.
 
-    `papermill nbs/train.ipynb out.ipynb -p preset glide-base -p data my_pictures`; a GPU: weights, moments and average take 7.7 GB, activations come on top
+    `papermill nbs/train.ipynb out.ipynb -p preset glide-base -p data my_pictures`; weights, gradients, moments and average: 7.7 GB, activations come on top
     (`-p checkpointing true` needs least). `-p init_from scratch` starts from nothing."""
     return {**_GLIDE, "model": "base", "init_from": "base"}
 
@@ -606,7 +606,8 @@ def sd15_controlnet() -> dict:
 def autoencoder_tiny() -> dict:
     """An autoencoder for latents of one's own: drawn scenes, their segmentation and class.
 
-    `papermill nbs/train.ipynb out.ipynb -p preset autoencoder-tiny -p run_dir runs/my-autoencoder`; a few minutes on 2 CPU cores."""
+    `papermill nbs/train.ipynb out.ipynb -p preset autoencoder-tiny -p run_dir runs/my-autoencoder`; one CPU core: 4 min 45 s of work, scores included;
+    21.2 dB, mean IoU 0.38, class right for 0.98 of held-out scenes. More `steps` see finer."""
     return dict(data="shapes", limit=8192, model="autoencoder-tiny", heads="segmentation=0.3, label=0.03", steps=600, batch_size=32, uncond_p=0.0, lr=4e-3,
                 lr_scales="all=1", ema_decay=0.99, keep_best=1, score_images=256)
 

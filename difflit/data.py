@@ -401,9 +401,10 @@ def caption_grid(
     columns = max(1, min(columns, len(pictures)))
     rows = max(1, -(-len(pictures) // columns))
     lines = max((t.count("\n") + 1 if t else 0 for t in texts), default=0)
-    figure = Picture(figsize=(columns * inches, rows * (inches + 0.115 * lines)), dpi=80, layout="tight")
+    figure = Picture(figsize=(columns * inches, rows * (inches + 0.13 * lines) + 0.05), dpi=80, layout="tight")
     for i, axes in enumerate(np.atleast_1d(figure.subplots(rows, columns)).ravel()):
         axes.set_axis_off()
+        axes.set_anchor("N")
         if i < len(pictures):
             axes.imshow(np.asarray(pictures[i]), interpolation="nearest")
             axes.text(0.5, -0.04, texts[i], ha="center", va="top", fontsize=6.5, transform=axes.transAxes)

@@ -181,7 +181,7 @@ def latents_figure(
     width, height = decoded[0].size
     here = [] if isinstance(source.source, TableSource) else [square(s.image, width) if width == height else s.image.resize((width, height))
                                                              for s in sound_samples(source.source, source.kept[chosen])]
-    texts = ["picture"] * len(here) + [f"decoded from {' × '.join(str(n) for n in moments.shape[2:])}"] * len(decoded)
+    texts = ["picture"] * len(here) + [f"decoded from {' × '.join(str(n) for n in moments.shape[2:])}"] * len(decoded)
     return caption_grid([*here, *decoded], texts, columns=len(chosen))
 
 

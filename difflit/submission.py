@@ -662,7 +662,7 @@ def _plan_text(plan: Submission, rows: int = 30) -> str:
     width = max(map(len, named), default=0)
     table = [f"  {name:{width}}  {what}" for name, what in sorted(named.items())]
     asks = [profile.scheduler, *(f"{what} {value}" for what, value in (("partition", profile.partition), ("account", profile.account)) if value)]
-    asks += [f"{spec.nodes} node{'s' * (spec.nodes > 1)}", f"{spec.gpus} GPU{'s' * (spec.gpus != 1)} on each" if spec.nodes > 1 else f"{spec.gpus} GPUs"]
+    asks += [f"{spec.nodes} node{'s' * (spec.nodes > 1)}", f"{spec.gpus} GPU{'s' * (spec.gpus != 1)}{' on each' * (spec.nodes > 1)}"]
     asks += [f"for {spec.time or profile.time}"] * bool(spec.time or profile.time) + [f"{spec.max_parallel} runs at a time"] * bool(spec.max_parallel)
     asks += [f"after {', '.join(spec.after)}"] * bool(spec.after)
     lines = [f"{len(plan.cells)} of {len(named)} runs of {plan.notebook.path.name} in {_near(plan.record['folder'])}", *table[:rows]]
