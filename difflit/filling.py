@@ -29,12 +29,11 @@ from torch import Tensor
 from xxhash import xxh3_64_hexdigest
 
 from .augmentation import Augmentation, nearest_bucket, prepare
-from .cached import CaptionList, SampleSet, list_captions, list_sets, picture_keys
+from .cached import CaptionList, SampleSet, _variant_draws, list_captions, list_sets, picture_keys
 from .caching import CacheError, Recipe, Store, caption_keys, open_store, picture_key, with_variant
 from .data import DataError, Encoded, Sample, Source, as_numbers, upright_rgb
 from .decoding import pick_decoder
 from .loading import _read, most_bad
-from .randomness import uniform
 
 # %% ../nbs/37_filling.ipynb #e788e40a
 Size = tuple[int, int]
@@ -103,14 +102,7 @@ def cut_draws(
     flip: bool = False,  # with mirror images
 ) -> np.ndarray:  # float32 [N, 7], rows for `difflit.augmentation.prepare`
     "Which cut each variant of each picture is."
-    draws = np.tile(np.array((1.0, 0.5, 0.5, 1.0, 0.5, 0.5, 0.5), np.float32), (len(keys), 1))
-    cut, mirrored = np.divmod(np.asarray(variant), 2) if flip else (np.asarray(variant), np.zeros(len(keys), np.int64))
-    if crop < 1:
-        places = torch.from_numpy((keys[:, 0] >> np.uint64(1)).astype(np.int64))
-        for number in np.unique(cut):
-            draws[cut == number, :3] = uniform(0, f"cached cut {number}", places[torch.from_numpy(cut == number)], (3,)).numpy()
-    draws[:, 3] = 1 - mirrored
-    return draws
+    return _variant_draws(keys, np.asarray(variant), crop, flip)  # by which columns beside latents are cut, too
 
 # %% ../nbs/37_filling.ipynb #eaeb6ee0
 def _pairs(keys: np.ndarray) -> np.ndarray:
