@@ -83,8 +83,7 @@ def test_reconstructions_are_diffusers(tmp_path):
 
 def test_stopped_and_resumed_is_the_same_to_the_bit(tmp_path):
     """Noise of the posterior, heads, terms and averages, in one go and in three."""
-    given = {"loss_terms": "perceptual=0.1,adversarial=0.01", "attention": "middle", "dropout": None}
-    given = {k: v for k, v in given.items() if v is not None}
+    given = {"loss_terms": "perceptual=0.1,adversarial=0.01", "attention": "middle"}
     trained(tmp_path / "whole", **given)
     trained(tmp_path / "parts", stop_after=3, **given)
     trained(tmp_path / "parts", stop_after=5, resume="auto", **given)
