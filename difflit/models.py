@@ -101,16 +101,16 @@ family("clip", ClipConfig, Clip, {part: re.compile(rf"^{part}_encoder\.").match 
 # %% ../nbs/35_models.ipynb #8bc6cb38
 def _register_late(name: str) -> None:
     "Latent networks and those with a control branch are registered when the first is met: their libraries take seconds to import."
+    late = ("latent", "controlled-glide", "controlled-latent")
     if name == "autoencoder":
         _register_autoencoder()
-    if name in FAMILIES or name not in ("latent", "controlled-glide", "controlled-latent"):
+    if name not in late or all(one in FAMILIES for one in late):
         return
     from difflit.adapters import LATENT_PARTS, build_latent
+    from difflit.controlnet import ControlledGlide, ControlledGlideConfig, ControlledLatent, ControlledLatentConfig
     from difflit.latent import LatentConfig
 
     family("latent", LatentConfig, build_latent, {part: re.compile(pattern).search for part, pattern in LATENT_PARTS.items()})
-    from difflit.controlnet import ControlledGlide, ControlledGlideConfig, ControlledLatent, ControlledLatentConfig
-
     branch: dict[str, Part] = {"control": re.compile(r"^control\.").match}
     parts = {base: {part: _outside(belongs) for part, belongs in PARTS[base].items()} | branch for base in ("glide", "latent")}
     family("controlled-glide", ControlledGlideConfig, ControlledGlide, parts["glide"])

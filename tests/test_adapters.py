@@ -1,7 +1,6 @@
 "Adapters of latent networks: LoRA that diffusers reads, merging, rebuilding from a card, attention added and replaced, checkpointing, quick layers."
 
 import json
-import re
 
 import pytest
 import torch
@@ -10,10 +9,8 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import nn
 
 from difflit.adapters import (
-    LATENT_PARTS,
     add_cross_attention,
     add_lora,
-    build_latent,
     gradient_checkpointing,
     load_lora,
     lora_state,
@@ -26,8 +23,8 @@ from difflit.adapters import (
 from difflit.config import SettingsError
 from difflit.diagnostics import qk_gradients
 from difflit.diffusion import Diffusion
-from difflit.latent import LatentConfig, TextEncoder, latent_denoiser
-from difflit.models import build_model, family, freeze, model_card, reinitialise_parts
+from difflit.latent import TextEncoder, latent_denoiser
+from difflit.models import build_model, freeze, model_card, reinitialise_parts
 from difflit.tasks import LatentDiffusion
 from difflit.averaging import EMA
 
@@ -39,10 +36,6 @@ def fixed():
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def registered():
-    "The family, for tests that go through cards; registering it twice does no harm."
-    family("latent", LatentConfig, build_latent, {name: re.compile(pattern).search for name, pattern in LATENT_PARTS.items()})
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +121,7 @@ def test_lora_of_a_text_encoder_that_trains(pipeline, tmp_path):
     assert torch.allclose(images(ours), drawn, atol=1e-4)
 
 
-def test_what_is_fresh_trains_beside_lora(pipeline, tmp_path, registered):
+def test_what_is_fresh_trains_beside_lora(pipeline, tmp_path):
     "A map from wider words starts at random: frozen it would stay noise."
     model = latent_denoiser(opened(pipeline).unet, {"t5": {"width": 48, "length": 9, "masked": True}}, "linear")
     names = add_lora(model, rank=2, also=["projection"])
@@ -192,7 +185,7 @@ def test_lora_is_loaded_trained_on_and_merged(pipeline, tmp_path):
     assert torch.allclose(images(opened(tmp_path / "merged")), drawn, atol=1e-4)
 
 
-def test_a_card_rebuilds_lora_and_the_average_follows(pipeline, registered):
+def test_a_card_rebuilds_lora_and_the_average_follows(pipeline):
     model, _ = network(opened(pipeline))
     add_lora(model, rank=4, alpha=2, targets="transformer", dropout=0.1)
     average = EMA(model, 0.5)
@@ -206,7 +199,7 @@ def test_a_card_rebuilds_lora_and_the_average_follows(pipeline, registered):
             assert torch.allclose(rebuilt(x, torch.tensor([5.0, 900.0]), text), source(x, torch.tensor([5.0, 900.0]), text), atol=1e-5)
 
 
-def test_a_loaded_lora_survives_its_card(pipeline, tmp_path, registered):
+def test_a_loaded_lora_survives_its_card(pipeline, tmp_path):
     model, _ = network(opened(pipeline))
     add_lora(model, rank=3, alpha=5, targets=["attn2.to_q"])
     save_lora(model, tmp_path)
@@ -273,7 +266,7 @@ def test_checkpointing_recomputes_and_changes_no_gradient(pipeline):
     assert gradients()[1] == once
 
 
-def test_attention_added_to_a_unet_without_words(registered):
+def test_attention_added_to_a_unet_without_words():
     flat = twins.tiny_unet(down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"), mid_block_type="UNetMidBlock2D")
     model = quicken(latent_denoiser(flat, {"clip-l": {"width": 32, "length": 9}}))
     data = batch()
@@ -299,7 +292,7 @@ def test_attention_replaced_for_t5(pipeline):
 
 
 @pytest.mark.parametrize("part", ["cross_kv", "unet.mid_block", "norms", "unet.*.to_out.0.*", "output"])
-def test_any_part_begins_anew(pipeline, registered, part):
+def test_any_part_begins_anew(pipeline, part):
     model, _ = network(opened(pipeline))
     with torch.no_grad():
         for parameter in model.parameters():
