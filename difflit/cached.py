@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['picture_keys', 'SampleSet', 'open_set', 'renew_set', 'make_set', 'list_sets', 'CaptionList', 'note_captions',
-           'list_captions', 'TableSource', 'CachedSource', 'read_batch', 'CachedLoader']
+           'list_captions', 'TableSource', 'CachedSource', 'read_batch', 'CachedColumns', 'CachedLoader']
 
 # %% ../nbs/22_cached.ipynb #937c5157
 import contextlib
@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 from xxhash import xxh3_64_intdigest
 
-from .augmentation import Augmentation, cut_of, nearest_bucket
+from .augmentation import Augmentation, cut_of, nearest_bucket, prepare_cut
 from .caching import CacheError, Store, caption_keys, with_variant
 from .data import Column, DamagedSample, DataError, Encoded, MissingColumn, Sample, Skipped, Source, _numbers, parse_columns, upright_rgb
 from .files import atomic_directory, digest_bytes, read_json, write_json
@@ -372,7 +372,6 @@ class CachedSource(_Joined):
     ):
         "Raises `CacheError` if something was never computed."
         self.source, self.latents, self.text, self.variants, self.decode = source, list(latents), dict(text), variants, decode
-        self.besides: Callable[[Sequence[int]], Mapping[str, Any]] | None = None  # indices here → further keys of their batch
         ids, captions = source.ids(), source.captions(len(source))
         which = _store_of(source, latents, buckets)
         self.keys = picture_keys(source) if keys is None else keys
@@ -389,10 +388,17 @@ class CachedSource(_Joined):
         self.skipped = [*source.skipped, *(Skipped(ids[i], why) for i in np.setdiff1d(np.arange(len(rows)), self.kept))]
 
     def __getitem__(self, index: int) -> Sample:
-        place = int(self.kept[self._checked(index)])
+        return self.seen(index) or self.source[int(self.kept[self._checked(index)])]
+
+    def seen(
+        self,
+        index: int,  # which sample
+        variant: int = 0,  # which of its cuts
+    ) -> Sample | None:  # what its latent shows; None where the pictures themselves are here
+        "A picture that only its latent knows, decoded."
         if not isinstance(self.source, TableSource) or self.decode is None:
-            return self.source[place]
-        moments = self.latents[self.shape_of[index]].read(self.rows[index, :1])
+            return None
+        moments = self.latents[self.shape_of[self._checked(index)]].read(self.rows[index, variant : variant + 1])
         pixels = self.decode(moments)[0].detach().float().clamp(-1, 1).add(1).mul(127.5).round().byte().permute(1, 2, 0).cpu().numpy()
         return Sample(Image.fromarray(pixels), self._captions[index], self._ids[index])
 
@@ -435,7 +441,6 @@ def read_batch(
         wanted = np.where(silent, source.empty[name], source.text_rows[name][indices])
         said = store.read_text(wanted, (lengths or {}).get(name, store.recipe.shape[0]))
         batch |= {f"{part}.{name}": value for part, value in said.items()}
-    batch |= dict(source.besides(indices.tolist())) if source.besides else {}
     return batch | dict(encode(captions)) if encode else batch
 
 # %% ../nbs/22_cached.ipynb #ef0efd18
@@ -451,29 +456,49 @@ def _variant_draws(keys: np.ndarray, variant: np.ndarray, crop: float, flip: boo
     return draws
 
 
-class _Beside:
-    "Reads what belongs to cached pictures, and cuts it as they were cut."
+class CachedColumns:
+    "Reads what belongs to cached pictures, or the pictures themselves, cut as their latents were."
 
-    def __init__(self, source: CachedSource, columns: tuple[Column, ...]):
-        "Raises `DataError` for latents of which nobody knows how they were cut."
-        self.source, self.reader = source, _look_beside(source, columns)
+    def __init__(
+        self,
+        source: CachedSource,  # of latents and of the pictures that they were made from
+        columns: tuple[Column, ...] = (),  # what is read
+        pictures: bool = False,  # read the pictures too, as `image`
+    ):
+        "Raises `MissingColumn` if none of the first samples has one, `DataError` for latents of which nobody knows how they were cut."
+        self.source, self.pictures, self.reader = source, pictures, _look_beside(source, columns)
         if any(store.recipe.settings.get("imported") for store in source.latents):
-            raise DataError(f"columns ({', '.join(c.name for c in columns)}) beside imported latents: how their pictures were cut is not known; "
-                            "fill a cache of one's own")
+            what = f"columns ({', '.join(c.name for c in columns)})" if columns else "pictures"
+            raise DataError(f"{what} beside imported latents: how their pictures were cut is not known; fill a cache of one's own")
 
-    def __call__(self, indices: np.ndarray, variants: np.ndarray) -> dict[str, Tensor]:
-        "The columns of some samples, all of one shape."
-        assert self.reader is not None
+    def __call__(
+        self,
+        indices: np.ndarray,  # int64 [B], samples, all of one shape
+        variants: np.ndarray | None = None,  # int64 [B], which cut of each (None: the first)
+    ) -> dict[str, Tensor]:  # labels int64 [B, H, W], pictures float32 [B, 3, H, W] in −1…1, numbers [B]
+        "What belongs to some samples. Raises `DataError` with the sample's name if it cannot be read."
+        variants = np.zeros(len(indices), np.int64) if variants is None else variants
         how = self.source.latents[self.source.shape_of[indices[0]]].recipe.settings
         width, height = (int(v) for v in how["image_size"])
         crop = float(how.get("crop", 1.0))
         flip = bool(how.get("flip")) or (crop == 1 and self.source.variants == 2)
         kind, decoder = Augmentation(crop=crop, flip=flip, trim=bool(how.get("trim"))), "pil" if how.get("jpeg") == "whole" else "auto"
         draws = _variant_draws(self.source.keys[self.source.kept[indices]], variants, crop, flip)
-        room = self.reader.places(len(indices), (width, height))
-        for place, (index, row) in enumerate(zip(indices.tolist(), draws)):
+        room = self.reader.places(len(indices), (width, height)) if self.reader else {}
+        room |= {"image": np.empty((len(indices), height, width, 3), np.uint8)} if self.pictures else {}
+        for place, (index, variant, row) in enumerate(zip(indices.tolist(), variants.tolist(), draws)):
+            if self.pictures and (shown := self.source.seen(index, variant)) is not None:  # only latents are here, beside which there are no columns
+                room["image"][place] = np.asarray(shown.image)
+                continue
             found = self.source.encoded(index) or self.source[index]
-            for name, value in self.reader(index, cut_of(found, (width, height), kind, row, decoder), found.id).items():
+            try:
+                if self.pictures:
+                    room["image"][place], cut = prepare_cut(found, (width, height), kind, row, decoder)
+                else:
+                    cut = cut_of(found, (width, height), kind, row, decoder)
+            except (OSError, DamagedSample) as error:
+                raise DataError(f"{found.id}, which was sound when its latents were made, cannot be read any more: {error}") from error
+            for name, value in self.reader(index, cut, found.id).items() if self.reader else ():
                 room[name][place] = value
         return {name: _numbers(v) if v.ndim == 4 else torch.from_numpy(v) for name, v in room.items()}
 
@@ -520,12 +545,12 @@ class _More:
     "What batches hold beside latents and states."
 
     _weights: np.ndarray | None
-    _beside: _Beside | None
+    _beside: CachedColumns | None
 
     def _more(self, indices: np.ndarray, variants: np.ndarray | None) -> dict[str, Tensor]:
         "Weights and columns of some samples."
         weights = {} if self._weights is None else {"weight": torch.from_numpy(self._weights[indices])}
-        return weights if self._beside is None else weights | self._beside(indices, np.zeros(len(indices), np.int64) if variants is None else variants)
+        return weights if self._beside is None else weights | self._beside(indices, variants)
 
 # %% ../nbs/22_cached.ipynb #1832dee2
 class _Sequence(_More):
@@ -644,6 +669,7 @@ class CachedLoader(_Resumable):
         class_weights: str = "",  # a metadata key, perhaps with β, whose rare classes count more: batches then hold `weight`
         pin: bool = False,  # hand out pinned memory, from which a GPU can fetch by itself
         columns: str | Sequence[Column] = (),  # what batches hold besides, such as "control"; see `difflit.data.parse_columns`
+        pictures: bool = False,  # hand out the pictures too, as `image`, cut as their latents were
     ):
         "Raises `ValueError` if a batch cannot be divided among the ranks."
         ours, everybody = rank_and_world()
@@ -655,7 +681,7 @@ class CachedLoader(_Resumable):
         self._encode, self._lengths, self._weights = encode, lengths, sample_weights(source, class_weights, balance)
         self.varied = " ".join([*([f"variants={source.variants}"] if source.variants > 1 else []), *([f"uncond_p={uncond_p:g}"] if uncond_p else [])])
         self.columns = parse_columns(columns)
-        self._beside = _Beside(source, self.columns) if self.columns else None
+        self._beside = CachedColumns(source, self.columns, pictures) if self.columns or pictures else None
         self.varied = " ".join(filter(None, [self.varied, "columns=" + ",".join(map(str, self.columns)) if self.columns else ""]))
         self.damaged: dict[int, Any] = {}
         self._ahead: _Ahead | None = None

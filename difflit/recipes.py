@@ -38,7 +38,7 @@ from .augmentation import aspect_buckets
 from .averaging import make_averages, save_snapshot
 from .checkpoints import Checkpoint, CheckpointError, CheckpointWriter, Retention, checkpoint_bytes, newest_checkpoint, newest_sharded
 from .config import SettingsError, TrainSettings, read_options
-from .cached import CachedLoader, CachedSource, read_batch
+from .cached import CachedColumns, CachedLoader, CachedSource, read_batch
 from .data import Column, DataError, Sample, Source, caption_grid, collate, image_tensor, parse_columns, to_images
 from .diagnostics import part_groups, part_norms, peak_flops, qk_gradients, step_flops
 from .diffusion import Diffusion
@@ -48,7 +48,7 @@ from .files import atomic_write, read_json, require_room, write_json
 from .filling import FillReport
 from .generation import draw, load_pipeline, shown_to
 from .glide import GLIDES, Glide, create_glide, keep_freed_memory
-from .job_data import PREVIEWS, JobData, fill_caches, open_data, sound_samples, with_columns
+from .job_data import PREVIEWS, JobData, fill_caches, open_data, sound_samples
 from .latent import LatentDenoiser, unused_parameters
 from .loading import Damaged, Loader, differences, is_stream, open_source
 from .models import freeze, load_model, lr_scales, model_card, model_folder, reinitialise_parts, select_parameters
@@ -265,7 +265,7 @@ def job_columns(
 def with_control(
     settings: TrainSettings,  # resolved
     model: nn.Module,  # the network, perhaps with a branch
-    data: JobData,  # whose cached samples are told what to bring along
+    data: JobData,  # whose classes a map of labels has
     encoders: Encoders | None = None,  # of a latent run
 ) -> nn.Module:  # with a branch if one is asked for
     "A run's network with its branch. Raises `SettingsError` where they do not go together, `DataError` if the data lack the column."
@@ -279,7 +279,6 @@ def with_control(
         wrong = [f"{n}={getattr(has, n)!r}, asked for is {getattr(asked, n)!r}" for n in asdict(asked) if getattr(has, n) != getattr(asked, n)]
         raise SettingsError(f"the branch of the given weights has {'; '.join(wrong)}")
     if isinstance(model, Glide) and model.config.in_channels == 3 or isinstance(model, LatentDenoiser):
-        _bring_controls(settings, data, asked, encoders)
         if has is not None:
             return model
         if settings.control_from is None:
@@ -290,28 +289,6 @@ def with_control(
             raise SettingsError(f"control_from={settings.control_from} is a branch for {kept}; asked for is {asked}")
         return made.train()
     raise SettingsError("a control branch is for networks that draw from words: this one is shown a picture already, or draws none")
-
-
-def _bring_controls(settings: TrainSettings, data: JobData, config: ControlConfig, encoders: Encoders | None) -> None:
-    "Let cached samples bring their controls along: of the whole picture, which no cut or mirror image shows."
-    for source in (data.train, data.held_out) if encoders is not None else ():
-        if not isinstance(source, CachedSource):
-            continue
-        if settings.flip or settings.crop < 1 or settings.buckets or settings.trim:
-            raise SettingsError("latents that are computed once do not say how their pictures were cut: with control leave flip, crop, trim and buckets away")
-        made = partial(_cached_controls, source, config, column_of(settings), settings.image_size)
-        made([0])  # a missing column should be missed now
-        source.besides = made
-
-
-def _cached_controls(source: CachedSource, config: ControlConfig, columns: str, size: int, indices: Sequence[int]) -> dict[str, Tensor]:
-    "The controls of cached samples, from their pictures and columns."
-    wanted, made = parse_columns(columns), []
-    for index in indices:
-        place = int(source.kept[index])
-        sample = source[index] if not columns else Sample(Image.new("RGB", (1, 1)), "", source._ids[index], {"beside": source.source.extras(place, wanted)})
-        made.append(sample_control(sample, config, size))
-    return {"control": torch.stack(made)}
 
 # %% ../nbs/71_recipes.ipynb #1d6cb2fd
 def task_name(
@@ -724,6 +701,12 @@ def _note_damaged(run: Run, bad: Damaged) -> int:
     return len(known)
 
 
+def _sees_pictures(model: nn.Module) -> bool:
+    "Whether a control branch sees edges, which are taken from the picture itself."
+    branch = branch_of(model)
+    return branch is not None and branch.form == "edges"
+
+
 def make_loader(
     run: Run,  # with settings
     source: Source,  # training samples
@@ -738,7 +721,7 @@ def make_loader(
         lengths = {name: encoder.length for name, encoder in tokenizer.encoders.text.items()}
         return CachedLoader(source, batch_size=s.batch_size, seed=s.seed, position=state.position, uncond_p=s.uncond_p, workers=ahead, pin=on_gpu,
                             encode=tokenizer.tokens if tokenizer.training else None, lengths=lengths, drop_last=s.drop_last, block=s.block, balance=s.balance,
-                            class_weights=s.class_weights, columns=s.extras or ())
+                            class_weights=s.class_weights, columns=job_columns(s), pictures=_sees_pictures(state.model))
     if isinstance(source, Glimpse):
         return _make_stream(run, source, tokenizer, on_gpu)
     buckets = aspect_buckets(s.image_size) if s.buckets else []
@@ -1017,14 +1000,16 @@ def _held_batches(job: TrainingJob, held: Source, images: int | None = None) -> 
         encode, lengths = job.tokenizer.tokens if job.tokenizer.training else None, {name: e.length for name, e in job.tokenizer.encoders.text.items()}
         groups = [np.flatnonzero(held.shape_of[:n] == shape) for shape in np.unique(held.shape_of[:n])]
         parts = [group[start : start + size] for group in groups for start in range(0, len(group), size)]
-        return [read_batch(held, part, torch.from_numpy(part), encode=encode, lengths=lengths) for part in parts]
-    if branch_of(job.state.model) is None and (columns := job_columns(job.settings)):
+        made = [read_batch(held, part, torch.from_numpy(part), encode=encode, lengths=lengths) for part in parts]
+        wanted, pictures = job_columns(job.settings), _sees_pictures(job.state.model)
+        besides = CachedColumns(held, wanted, pictures) if wanted or pictures else None
+        return [batch | besides(part) for batch, part in zip(made, parts)] if besides else made
+    if columns := job_columns(job.settings):
         parts = [np.arange(start, min(n, start + size)) for start in range(0, n, size)]
         return [batch_beside(held, part.tolist(), job.settings.image_size, columns, job.tokenizer) for part in parts]  # type: ignore[arg-type]
-    samples = list(with_columns(held, range(n), column_of(job.settings)))
+    samples = list(sound_samples(held, range(n)))
     places = [range(start, min(len(samples), start + size)) for start in range(0, len(samples), size)]
-    made = [collate([samples[i] for i in part], job.settings.image_size, part, job.tokenizer) for part in places]
-    return [batch | {"control": _controls(job, [samples[i] for i in part])} for batch, part in zip(made, places)] if branch_of(job.state.model) else made
+    return [collate([samples[i] for i in part], job.settings.image_size, part, job.tokenizer) for part in places]
 
 # %% ../nbs/71_recipes.ipynb #e4fb4385
 def _note_scores(job: TrainingJob, what: str, scores: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:

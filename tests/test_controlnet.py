@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from difflit.config import SettingsError, resolve
 from difflit.controlnet import (
     FUSIONS, ControlConfig, ControlledGlide, ControlledLatent, as_controlnet, base_digest, control_glide, control_latent, edges, latent_widths, load_control,
-    save_control,
+    control_of, save_control,
 )
 from difflit.data import DataError
 from difflit.encoders import export_latent
@@ -333,10 +333,19 @@ def test_what_cannot_be_is_said(tmp_path, message, given):
         prepare(open_run({**GLIDE, **given, "run_dir": str(tmp_path / "run")}))
 
 
-def test_cached_latents_are_whole_pictures(tmp_path, latent):
-    given = {**{k: str(v) for k, v in latent.items()}, "control": "edges", "flip": True, "data": "digits", "limit": "8", "run_dir": str(tmp_path / "run")}
-    with pytest.raises(SettingsError, match="leave flip, crop, trim and buckets away"):
-        prepare(open_run(given))
+@pytest.mark.parametrize("control", ["edges", "segmentation:coloured"])
+def test_controls_are_cut_as_their_latents(tmp_path, latent, control):
+    """Mirror images and random cuts of cached pictures come with a control that was cut alike."""
+    given = {**latent, "control": control, "data": "digits", "limit": 8, "flip": True, "crop": 0.7, "variants": 2, "steps": 1}
+    job = prepare(open_run({"run_dir": str(tmp_path / "run"), **{k: str(v) if hasattr(v, "joinpath") else v for k, v in given.items()}}))
+    with job.loader:
+        batches = [next(job.loader) for _ in range(3)]
+    finish(job.run)
+    moments, told = (torch.cat(rows) for rows in zip(*((b["moments"], control_of(b, job.state.model.config.control)) for b in batches)))
+    ids = [name for b in batches for name in b["id"]]
+    pairs = [(i, j) for i in range(len(ids)) for j in range(i) if ids[i] == ids[j]]
+    alike = [torch.equal(moments[i], moments[j]) for i, j in pairs]
+    assert 0 < sum(alike) < len(pairs) and alike == [torch.equal(told[i], told[j]) for i, j in pairs], "another cut has another control, the same cut the same"
 
 
 def test_presets_resolve():
