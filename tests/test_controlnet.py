@@ -1,12 +1,16 @@
 """Control branches from end to end: the base untouched at step 0, trained, resumed, exported to diffusers, refused where they do not belong."""
 
 import math
+import os
+import subprocess
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import twins
+import yaml
 from conftest import TINY, photograph, save
 from PIL import Image
 from safetensors.torch import load_file
@@ -360,3 +364,21 @@ def test_a_branch_learns_to_place(tmp_path):
     job = run(tmp_path / "run", score=True, preset="controlnet-tiny", init_from=base, trackers="none")
     told, free = job.scores["control.iou"], job.scores["control.iou_without"]
     assert told["low"] > free["high"] + 0.05, (told, free)
+
+
+def test_launcher_submits_a_branch_and_each_fusion(tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "difflit").write_text('#!/bin/sh\nprintf "%s\\n" "$@" END >>words\n')
+    (tmp_path / "bin" / "difflit").chmod(0o755)
+    place = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PHASES": "train fusions", "BASE": "", "CONTROL": "depth=depth.png"}
+    command = ["bash", str(Path(__file__).parent.parent / "hpc" / "controlnet.sh"), "--dry-run"]
+    assert subprocess.run(command, capture_output=True, cwd=tmp_path, env=place).returncode == 0
+    words = [line.split("\n") for line in (tmp_path / "words").read_text().split("\nEND\n")]
+    assert all(line[:4] == ["submit", "train", "-f", "runs/controlnet/controlnet.yaml"] and line[-1] == "--dry-run" for line in words[:2])
+    told = yaml.safe_load((tmp_path / "runs/controlnet/controlnet.yaml").read_text())
+    assert resolve(told).control == "depth=depth.png" and resolve(told).init_from == resolve({"preset": "sd15-controlnet"}).init_from
+    swept = next(word for word in words[1] if word.startswith("control_fusion="))
+    assert set(swept.partition("=")[2].split(",")) == set(FUSIONS)
+    assert subprocess.run(command, capture_output=True, cwd=tmp_path, env=place | {"PHASES": "all"}).returncode == 2
+    assert subprocess.run(command, capture_output=True, cwd=tmp_path, env=place | {"PHASES": "train", "BASE": "runs/base"}).returncode == 0
+    assert yaml.safe_load((tmp_path / "runs/controlnet/controlnet.yaml").read_text())["init_from"] == "runs/base"
