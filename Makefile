@@ -39,8 +39,8 @@ test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist worksteal $(ALONE:%=--ignore %)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ALONE)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist worksteal --durations 20 $(ALONE:%=--ignore %)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations 10 $(ALONE)
 
 slow: $(STAMP)
 	$(BIN)/nbdev_test --n_workers 1 --flags slow

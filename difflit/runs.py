@@ -10,6 +10,8 @@ __all__ = ['STATES', 'HEARTBEAT_SECONDS', 'DEAD_AFTER_SECONDS', 'environment_rec
 # %% ../nbs/03_runs.ipynb #82ee0cfe
 import atexit
 import contextlib
+import errno
+import json
 import logging
 import os
 import platform
@@ -141,6 +143,20 @@ def read_status(
             status["state"], status["reason"] = ("failed", f"rank 0 was killed; {words[0]}") if words else ("dead", "the process is gone without a word")
     return status
 
+# %% ../nbs/03_runs.ipynb #new1
+def _write_status(file: Path, status: Mapping[str, Any]) -> None:
+    "Write a status whole or not at all; on a full disk over the old one."
+    try:
+        write_json(file, status)
+    except OSError as error:
+        words = (json.dumps(status, ensure_ascii=False, default=str) + "\n").encode()
+        had = file.stat() if file.exists() else None
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or had is None or len(words) > had.st_blocks * 512:
+            raise
+        with open(file, "r+b") as old:
+            old.write(words.ljust(had.st_size))
+            old.truncate(len(words))
+
 # %% ../nbs/03_runs.ipynb #25820967
 class Run:
     "A run directory that this process writes. Made by `open_run`."
@@ -180,7 +196,7 @@ class Run:
         with self._write_lock:
             self._status.update(entries, heartbeat=time.time())
             if self.main:
-                write_json(self.path / "status.json", self._status)
+                _write_status(self.path / "status.json", self._status)
 
     def note(self, **entries: Any) -> None:
         "Change entries without writing; the next heartbeat carries them. For the hot path."

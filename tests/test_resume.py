@@ -104,6 +104,7 @@ def test_a_resumed_run_cannot_change_its_data(tmp_path):
     finish(opened)
 
 
+@pytest.mark.slow  # tests/test_many.py looks closer at the same
 def test_two_processes_are_one(tmp_path):
     """2 × 16 images against 1 × 32: fp32, 20 steps, the same losses to 1e-4."""
     options = {**OPTIONS, "steps": 20, "batch_size": 32, "precision": "fp32"}

@@ -137,21 +137,27 @@ def test_a_rendered_script_differs_in_its_settings_only(tmp_path, name, runs):
 # A real Slurm
 
 
-def test_slurm_begins_ends_and_queues_again_to_the_bit(slurm, tmp_path, micro):  # noqa: F811
+@pytest.fixture(scope="module")
+def whole(slurm, tmp_path_factory, micro):  # noqa: F811
+    """A run of 24 steps that nothing befell."""
+    spec = spec_of(tmp_path_factory.mktemp("undisturbed") / "whole", micro, "slurm", launch={"steps": 24})
+    assert slurm.end(submit(spec)) == "COMPLETED", logs(spec)
+    return spec.runs[0]
+
+
+def test_slurm_begins_ends_and_queues_again_to_the_bit(slurm, tmp_path, micro, whole):  # noqa: F811
     """Two runs of the same settings: one is left alone, one is warned in its middle and goes on in report.1.ipynb."""
-    whole = spec_of(tmp_path / "whole", micro, "slurm", launch={"steps": 24})
     stopped = spec_of(tmp_path / "stopped", micro, "slurm", launch={"steps": 24, "pause": 20})
-    first, second = submit(whole), submit(stopped)
-    run = stopped.runs[0]
+    second, run = submit(stopped), stopped.runs[0]
     until(lambda: steps_done(run) >= 3, f"three steps: {logs(stopped)}")
     assert get_scheduler("slurm").states([second, "99999"]) == {second: "running", "99999": "gone"}
     slurm.tell("scancel", "--batch", "--signal=USR2", second)
     until(lambda: state(run)[0] == "preempted", f"a checkpoint: {logs(stopped)}")
     assert "SIGUSR2" in state(run)[1] and 3 <= steps_done(run) < 24
-    assert slurm.end(second) == slurm.end(first) == "COMPLETED", logs(stopped) + logs(whole)
+    assert slurm.end(second) == "COMPLETED", logs(stopped)
     assert state(run)[0] == "done" and (run / "requeues").read_text() == "1", logs(stopped)
     assert {p.name for p in run.glob("report*")} == {"report.ipynb", "report.1.ipynb"}
-    assert_same(whole.runs[0], run)
+    assert_same(whole, run)
 
 
 def test_slurm_arrays(slurm, tmp_path, toy):  # noqa: F811
@@ -210,6 +216,36 @@ def test_slurm_a_killed_kernel_is_a_failure_and_ends_a_chain(slurm, tmp_path, to
     assert read_status(tmp_path / "good" / "run")["over"] <= read_status(tmp_path / "last" / "run")["began"]
 
 
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of 24 MB that nobody else uses."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(place)], capture_output=True).returncode:
+        pytest.skip("no file system of one's own can be mounted here")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def test_slurm_a_full_disk_is_a_failure_and_the_run_goes_on(slurm, disk, micro, whole):  # noqa: F811
+    """The disk is filled in mid-run: it fails by name and is not begun again, its last checkpoint is whole, and with room it ends as if nothing had been."""
+    spec = spec_of(disk / "full", micro, "slurm", launch={"steps": 24, "pause": 20})
+    job, run = submit(spec), spec.runs[0]
+    until(lambda: steps_done(run) >= 4 and list((run / "checkpoints").glob("step-*")), f"a checkpoint: {logs(spec)}")
+    ballast = disk / "ballast"
+    with pytest.raises(OSError, match="No space left"), open(ballast, "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    assert slurm.end(job) == "FAILED", logs(spec)
+    assert state(run)[0] == "failed" and "No space left" in state(run)[1], (state(run), logs(spec))
+    assert not (run / "requeues").exists() and len(list(run.glob("report*"))) == 1
+    assert not [p for p in run.rglob("*") if p.name.startswith(".") or p.suffix == ".tmp"], "nothing half-written stays"
+    ballast.unlink()
+    again = submit(replace(spec, name="again"))
+    assert slurm.end(again) == "COMPLETED", logs(spec)
+    assert_same(whole, run)
+
+
 RANKS = ["run_dir = None\nresume = None", "import os, time\nfrom difflit.runs import Run, _begin, finish\nrun = Run(run_dir, 'toy', '')\n_begin(run)",
          "print('I am', run.rank, 'of', run.world, 'at', os.environ['GROUP_RANK'])\ntime.sleep(0.5)\nfinish(run)"]
 
@@ -240,11 +276,11 @@ def test_slurm_would_refuse(slurm, tmp_path, toy):  # noqa: F811
 
 @pytest.mark.slow
 def test_slurm_warns_before_the_time_limit(slurm, tmp_path, micro):  # noqa: F811
-    """Slurm's own clock: a limit of a minute, told 15 s before. The same run in the end as without a limit."""
-    whole = spec_of(tmp_path / "whole", micro, "slurm", launch={"steps": 120})
-    spec = spec_of(tmp_path / "limited", micro, "slurm", launch={"steps": 120, "pause": 80}, time="1m")
+    """Slurm's own clock: a limit of two minutes, told 15 s before. The same run in the end as without a limit."""
+    whole = spec_of(tmp_path / "whole", micro, "slurm", launch={"steps": 240})
+    spec = spec_of(tmp_path / "limited", micro, "slurm", launch={"steps": 240, "pause": 220}, time="2m")  # over two minutes of pauses
     first, job = submit(whole), submit(spec)
-    assert slurm.end(job, 600) == slurm.end(first) == "COMPLETED", logs(spec)
+    assert slurm.end(job, 900) == slurm.end(first) == "COMPLETED", logs(spec)
     assert int((spec.runs[0] / "requeues").read_text()) >= 1 and state(spec.runs[0])[0] == "done"
     assert_same(whole.runs[0], spec.runs[0])
 

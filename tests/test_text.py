@@ -139,9 +139,11 @@ def captions(count: int, context: int, seed: int = 0):
     return torch.randint(300, (count, context), generator=g), torch.arange(context) < lengths
 
 
-@pytest.mark.parametrize("threads, context", [(1, 24), (1, 128), (2, 24)])
-@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
-def test_a_caption_says_the_same_in_any_company(threads, autocast, context) -> None:
+SLOW_BF16 = [pytest.param(*given, id=name, marks=pytest.mark.slow) for *given, name in ((True, 1, 128, "bf16-1-128"), (True, 2, 24, "bf16-2-24"))]
+
+
+@pytest.mark.parametrize("autocast, threads, context", [(False, 1, 24), (False, 1, 128), (False, 2, 24), (True, 1, 24), *SLOW_BF16])
+def test_a_caption_says_the_same_in_any_company(autocast, threads, context) -> None:
     "Eight at once: order, neighbours and the size of the batch make no difference to the bits."
     model, before = tower(text_context=context), torch.get_num_threads()
     tokens, mask = captions(24, context)
@@ -177,8 +179,11 @@ def test_a_caption_says_the_same_in_any_company_on_a_gpu(autocast) -> None:
             assert torch.equal(cache(tokens[rows], mask[rows], model.encode_text)["sequence"], whole["sequence"][rows])
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("budget", [10**9, 200_000, 0], ids=["ample", "small", "none"])
+@pytest.mark.parametrize("autocast, budget", [
+    pytest.param(False, 10**9, id="fp32-ample"), pytest.param(False, 200_000, id="fp32-small"), pytest.param(False, 0, id="fp32-none"),
+    pytest.param(True, 200_000, id="bf16-small"),
+    pytest.param(True, 10**9, id="bf16-ample", marks=pytest.mark.slow), pytest.param(True, 0, id="bf16-none", marks=pytest.mark.slow),
+])
 def test_losses_with_and_without_the_cache_are_the_same_bits(autocast, budget) -> None:
     "Five updates of the U-Net over a frozen text tower, captions coming back in other orders and company."
     context, losses, caches = 24, [], []
