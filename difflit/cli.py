@@ -833,7 +833,7 @@ def new_command(
     out: Annotated[str | None, typer.Argument(help="where to put it (default: the current folder)")] = None,
 ) -> None:
     "Copy a run notebook or a job script here, to edit and run: difflit new train, difflit new slurm.sh."
-    source = launcher(name) if name.endswith(".sh") else run_notebook(name)
+    source = launcher(name) if name.endswith(".sh") else run_notebook(name.removesuffix(".ipynb"))
     target = Path(out or ".")
     target = target / source.name if target.is_dir() or not target.suffix else target
     if target.exists():

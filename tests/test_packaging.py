@@ -176,3 +176,15 @@ def test_all_extras_resolve_together(tmp_path, pinned):
     command = [tmp_path / "env" / "bin" / "python", "-m", "pip", "install", "--dry-run", "--quiet", "--report", str(tmp_path / "report.json"), *words, *wanted]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("name", ["train", "train.ipynb", "slurm.sh"])
+def test_new_copies_here_by_either_name(tmp_path, monkeypatch, name):
+    from difflit.cli import new_command
+    from difflit.config import SettingsError
+
+    monkeypatch.chdir(tmp_path)
+    new_command(name)
+    assert [p.name for p in tmp_path.iterdir()] == [name if "." in name else f"{name}.ipynb"]
+    with pytest.raises(SettingsError, match="exists; give another name"):
+        new_command(name)
