@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from .config import SettingsError
 from .data import to_images
 from .encoders import CaptionReader
-from .enlarging import load_enlarger
+from .enlarging import Enlarger, load_enlarger
 from .files import atomic_write, digest_bytes, write_json
 from .generation import Pipeline, Watch, check_prompts, clip_steering, generate, load_pipeline, sampling_of
 from .precision import choose_precision
@@ -131,6 +131,7 @@ def open_album(
     clip: str | Path | None = None,  # a CLIP that steers the first stage, see `clip_steering`
     clip_scale: float | None = None,  # how strongly; None: its own
     load: Callable[[Any, str], Pipeline] = load_pipeline,  # how a stage is found; a server keeps those that it has read
+    enlarge_with: Callable[[Any, str], Enlarger] = load_enlarger,  # how one of the third is found, likewise
     digest: Callable[[nn.Module], str] = weights_digest,  # of a stage's weights, likewise
     watch: Watch | None = None,  # shown the guesses at each step, see `generate`
     **sampling: Any,  # sampler, steps, spacing, guidance, rescale, interval, threshold, options …; None: the model's own
@@ -140,7 +141,7 @@ def open_album(
         check_options(sampling["sampler"], sampling.get("options") or {})
     stage = load(checkpoint, device)
     second = load(upsampler, device) if upsampler else None
-    third = [load_enlarger(path, device) for path in enlargers]
+    third = [enlarge_with(path, device) for path in enlargers]
     chosen = choose_precision(precision, next(stage.model.parameters()).device)
     how = sampling_of(stage, sampling)
     says: dict[str, Any] = {"checkpoint": str(checkpoint), "weights": digest(stage.model), "sampling": how, "precision": chosen.name}
@@ -149,7 +150,7 @@ def open_album(
     if second is not None:
         says["upsampler"] = {"checkpoint": str(upsampler), "weights": digest(second.model), "sampling": second.sampling}
     if third:
-        says["enlargers"] = [{"checkpoint": str(path), "weights": weights_digest(each.model)} for path, each in zip(enlargers, third)]
+        says["enlargers"] = [{"checkpoint": str(path), "weights": digest(each.model)} for path, each in zip(enlargers, third)]
         says["factor"] = factor or third[0].factor
     for name, path in (("image", image), ("mask", mask), ("control", control)):
         if path is not None:

@@ -151,7 +151,8 @@ def status_html(
         return '<div class="difflit-status">Pictures will appear here.</div>'
     name = html.escape(news.model)
     ahead = f"Waiting: {news.ahead} {'request is' if news.ahead == 1 else 'requests are'} before yours." if news.ahead else "Your turn."
-    words = {"waiting": ahead, "loading": f"Loading {name} …", "drawing": f"{name}: {news.share:.0%} of the steps", "done": f"{name}: done"}
+    words = {"waiting": ahead, "loading": f"Loading {name} …", "drawing": f"{name}: {news.share:.0%} of the steps", "enlarging": f"{name}: enlarging …",
+             "done": f"{name}: done"}
     return f'<div class="difflit-status" role="status">{words[news.state]}<div class="bar"><div style="width:{news.share:.1%}"></div></div></div>'
 
 
@@ -293,6 +294,8 @@ def _form(gr: Any, desk: Desk) -> dict[str, Any]:
             at["spacing"] = gr.Dropdown([own, *SPACINGS], value="", label="Spacing of the steps", min_width=140, elem_id="spacing")
     with gr.Accordion("Enlarge, compare, keep the best", open=False, elem_id="stages"):
         at["upsampler"] = gr.Dropdown([("not enlarged", ""), *desk.models("enlarges")], value="", label="Enlarge with", elem_id="upsampler")
+        at["factor"] = gr.Dropdown([("no", ""), *((f"{factor} times", str(factor)) for factor in desk.studio.factors)], value="", elem_id="factor",
+                                   label="Enlarge further, with Swin2SR", visible=bool(desk.studio.factors))
         at["against"] = gr.Dropdown([("nothing", ""), *names], value="", label="Side by side with", elem_id="against")
         best = f"Draw so many and keep the best (at most {MOST_CANDIDATES})"
         at["candidates"] = gr.Textbox(label=best, placeholder="keep all", elem_id="candidates")
@@ -472,7 +475,8 @@ def open_page(
 def _wire(gr: Any, desk: Desk, page: Any, visitor: Any, form: Mapping[str, Any], parts: Mapping[str, Any]) -> None:
     "Which button calls what"
     silent: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-    names = ("model", "prompt", "negative", "count", "seed", "steps", "guidance", "sampler", "spacing", "upsampler", "against", "candidates", "strength")
+    names = ("model", "prompt", "negative", "count", "seed", "steps", "guidance", "sampler", "spacing", "upsampler", "factor", "against", "candidates",
+             "strength")
     shown = {**{name: parts[name] for name in ("status", "previews", "first", "second", "command", "mine")}, "go": form["go"], "cancel": form["cancel"]}
     look, opened, choose = _load_handlers(gr, desk)
     asked = [visitor, form["editor"], *(form[name] for name in names)]

@@ -429,6 +429,7 @@ def app_command(
     password_file: Annotated[str | None, typer.Option(help="file with the password, readable by you alone; or set DIFFLIT_APP_PASSWORD")] = None,
     user: Annotated[str, typer.Option(help="the name that goes with the password")] = "difflit",
     model: Annotated[list[str] | None, typer.Option("--model", help="a further model: a path, or a name such as base or sd15; may be repeated")] = None,
+    enlarger: Annotated[list[str] | None, typer.Option(help="a network that makes pictures larger: swin2sr-x2, swin2sr-x4, a folder; may be repeated")] = None,
     out: Annotated[str | None, typer.Option(help="folder that keeps the pictures (default: they are gone when the page ends)")] = None,
     rank_model: Annotated[str, typer.Option(help="the CLIP that orders candidates, any of open_clip")] = "ViT-L/14",
     rank_weights: Annotated[str, typer.Option(help="its weights: a file, or a tag of open_clip")] = "openai",
@@ -442,8 +443,8 @@ def app_command(
 
     password = read_password(password_file)
     require_password(host, password)
-    studio = Studio(root, also=model or [], out=out, device=device, precision=precision, rank_model=rank_model, rank_weights=rank_weights,
-                    keep_bytes=int(keep_gb * 2**30))
+    studio = Studio(root, also=model or [], enlargers=enlarger or [], out=out, device=device, precision=precision, rank_model=rank_model,
+                    rank_weights=rank_weights, keep_bytes=int(keep_gb * 2**30))
     page = serve(studio, host=host, port=port, user=user, password=password, block=False)
     typer.echo(f"{page.local_url}  {len(studio.models)} models in {root}; Ctrl-C ends the page")
     try:

@@ -1408,7 +1408,8 @@ def coding_network(
              "multipliers": tuple(int(word) for word in settings.channel_multipliers.split(",") if word.strip()) or None}
     given = _given_coder(settings) if settings.init_from not in (None, "scratch") else None
     if given is not None and (wrong := next((name for name, value in sizes.items() if value is not None), None)):
-        raise SettingsError(f"init_from={settings.init_from} has its own {wrong}, which cannot be chosen: leave it away, or init_from")
+        called = {"channels": "base_channels", "multipliers": "channel_multipliers"}.get(wrong, wrong)
+        raise SettingsError(f"init_from={settings.init_from} has its own {called}, which cannot be chosen: leave {called} away, or init_from")
     vae = named_config(settings.model, image_size=settings.image_size, **sizes) if given is None else given.config.vae
     config = AutoencoderConfig(vae, settings.variational, heads)
     if settings.image_size % config.factor:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MOST_LETTERS', 'MOST_STEPS', 'MOST_PICTURES', 'MOST_CANDIDATES', 'MOST_SIDE', 'MOST_BYTES', 'MOST_WAITING', 'Model',
-           'find_models', 'pipeline_bytes', 'Shelf', 'Wanted', 'check_wanted', 'sample_command', 'Cancelled', 'Line',
-           'line_of', 'painted_mask', 'check_picture', 'Studio', 'News', 'draw_wanted', 'Galleries', 'runs_overview',
-           'runs_curves']
+           'find_models', 'pipeline_bytes', 'Cancelled', 'Shelf', 'Wanted', 'check_wanted', 'sample_command', 'Line',
+           'line_of', 'painted_mask', 'check_picture', 'reachable_factors', 'Studio', 'News', 'draw_wanted',
+           'Galleries', 'runs_overview', 'runs_curves']
 
 # %% ../nbs/80_studio.ipynb #48e2e39b
 import io
@@ -18,10 +18,13 @@ import threading
 import time
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -33,6 +36,7 @@ from .albums import Album, Part, draw_album, draw_best, open_album, require_writ
 from .config import SettingsError, _complaint, nearest
 from .data import to_images
 from .encoders import CaptionReader
+from .enlarging import Enlarger, enlarger_factor, load_enlarger, plan_enlarging
 from .files import read_json, verify_manifest
 from .generation import Pipeline, load_pipeline
 from .overview import curves_beside, find_runs, list_rows, main_scores, row_cells, settings_beside, varying_settings
@@ -96,14 +100,78 @@ def _age(path: Path) -> float:
 
 # %% ../nbs/80_studio.ipynb #abfc964c
 def pipeline_bytes(
-    pipeline: Pipeline,  # loaded
+    pipeline: Any,  # loaded: a `Pipeline`, or something else with a `model`
 ) -> int:  # of all weights, encoders included
     "How much memory a loaded model holds."
-    encoders = pipeline.tokenizer.encoders.text.values() if isinstance(pipeline.tokenizer, CaptionReader) else ()
-    networks = [each for each in (pipeline.model, pipeline.autoencoder, *encoders) if isinstance(each, nn.Module)]
+    encoders = pipeline.tokenizer.encoders.text.values() if isinstance(getattr(pipeline, "tokenizer", None), CaptionReader) else ()
+    networks = [each for each in (pipeline.model, getattr(pipeline, "autoencoder", None), *encoders) if isinstance(each, nn.Module)]
     return sum(t.numel() * t.element_size() for t in {id(t): t for each in networks for t in (*each.parameters(), *each.buffers())}.values())
 
 
+class Cancelled(Exception):
+    "Somebody no longer wants what he asked for."
+
+# %% ../nbs/80_studio.ipynb #057bd5aa
+@dataclass(eq=False)
+class _Coming:
+    "What is being loaded, or will be"
+
+    make: Callable[[], Any]
+    waiting: int = 0  # requests that want it
+    result: Future[Any] = field(default_factory=Future)
+
+
+class _Loader:
+    "Loads one thing after another, in a thread of its own, as long as somebody waits"
+
+    def __init__(self, lock: threading.Lock, keep: Callable[[Hashable, Any], Any]):
+        self._lock, self._keep, self._at_work = lock, keep, False
+        self._coming: dict[Hashable, _Coming] = {}  # in the order in which they were asked for
+
+    def ask(self, key: Hashable, make: Callable[[], Any]) -> _Coming:
+        "Put it on the list, or join those who wait for it already; the lock is held"
+        coming = self._coming.setdefault(key, _Coming(make))
+        coming.waiting += 1
+        if not self._at_work:
+            self._at_work = True
+            threading.Thread(target=self._work, daemon=True, name="difflit-load").start()
+        return coming
+
+    def wait_for(self, coming: _Coming, cancel: threading.Event | None) -> Any:
+        "What has been loaded, unless one leaves before"
+        try:
+            while not wait([coming.result], 0.1).done:
+                if cancel is not None and cancel.is_set():
+                    raise Cancelled
+            return coming.result.result()
+        finally:
+            with self._lock:
+                coming.waiting -= 1
+
+    def _work(self) -> None:
+        while (entry := self._next()) is not None:
+            key, coming = entry
+            try:
+                made = coming.make()
+            except BaseException as error:  # whatever it is, those who wait have to hear of it
+                with self._lock:
+                    del self._coming[key]
+                coming.result.set_exception(error)
+            else:
+                with self._lock:
+                    del self._coming[key]
+                    self._keep(key, made)
+                coming.result.set_result(made)
+
+    def _next(self) -> tuple[Hashable, _Coming] | None:
+        "What is to be loaded now; None: nothing, and the thread ends"
+        with self._lock:
+            self._coming = {key: coming for key, coming in self._coming.items() if coming.waiting}
+            entry = next(iter(self._coming.items()), None)
+            self._at_work = entry is not None
+            return entry
+
+# %% ../nbs/80_studio.ipynb #380bd639
 class Shelf:
     "Loaded models, the least recently used given away first."
 
@@ -113,24 +181,43 @@ class Shelf:
         load: Callable[[Any, str], Pipeline] = load_pipeline,  # what loads
     ):
         self.keep_bytes, self._load, self._lock = keep_bytes, load, threading.Lock()
-        self._kept: OrderedDict[tuple[str, str, int], Pipeline] = OrderedDict()
+        self._loader = _Loader(self._lock, self._keep)
+        self._kept: OrderedDict[Hashable, Any] = OrderedDict()
         self._digests: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
     def load(
         self,
         path: str | Path,  # see `load_pipeline`
         device: str = "auto",  # auto, cpu, cuda
+        cancel: threading.Event | None = None,  # who sets it, waits no longer
     ) -> Pipeline:  # ready to draw
-        "A model, from the shelf or from disk. Raises `SettingsError`."
+        "A model, from the shelf or from disk. Raises `SettingsError`, `Cancelled`."
+        key = (str(path), str(choose_device(device)), _changed(Path(path)))
+        return self.get(key, lambda: self._load(path, device), cancel)
+
+    def get(
+        self,
+        key: Hashable,  # what it is, in its present state
+        make: Callable[[], Any],  # loads it: something with a `model`
+        cancel: threading.Event | None = None,  # who sets it, waits no longer
+    ) -> Any:  # the same for all who ask for the same
+        "Anything that is loaded, from the shelf or made. Raises what `make` raises, and `Cancelled`."
+        def made() -> Any:
+            self.digest((loaded := make()).model)
+            return loaded
+
         with self._lock:
-            key = (str(path), str(choose_device(device)), _changed(Path(path)))
-            pipeline = self._kept.pop(key, None)
-            if pipeline is None:
-                pipeline = self._load(path, device)
-            self._kept[key] = pipeline
-            while len(self._kept) > 1 and sum(map(pipeline_bytes, self._kept.values())) > self.keep_bytes:
-                self._kept.popitem(last=False)
-            return pipeline
+            if key in self._kept:
+                return self._keep(key, self._kept.pop(key))
+            coming = self._loader.ask(key, made)
+        return self._loader.wait_for(coming, cancel)
+
+    def _keep(self, key: Hashable, made: Any) -> Any:
+        "Put it in front, and give away what is too much; the lock is held"
+        self._kept[key] = made
+        while len(self._kept) > 1 and sum(map(pipeline_bytes, self._kept.values())) > self.keep_bytes:
+            self._kept.popitem(last=False)
+        return made
 
     def digest(self, model: nn.Module) -> str:
         "Of a model's weights, counted once."
@@ -173,6 +260,7 @@ class Wanted(BaseModel):
     count: int = Field(1, ge=1, le=MOST_PICTURES, description="how many pictures")
     candidates: int | None = Field(None, ge=1, le=MOST_CANDIDATES, description="how many are drawn, of which the best are kept")
     upsampler: str | None = Field(None, description="a second model that enlarges, by its name among those found")
+    factor: int | None = Field(None, ge=2, le=8, description="how many times larger a further network makes the pictures")
     strength: float | None = Field(None, gt=0, le=1, description="by how much a picture is changed")
     against: str | None = Field(None, description="another model to draw the same, by its name among those found")
 
@@ -212,6 +300,7 @@ def sample_command(
     *,
     image: str | Path | None = None,  # file of a picture that was handed in
     mask: str | Path | None = None,  # file of what of it is kept
+    enlargers: Sequence[str] = (),  # networks that reach the factor that is wanted
     **more: Any,  # other options of `difflit sample` that differ from its defaults, such as device="cpu"
 ) -> str:  # for a shell
     "The line of `difflit sample` that draws the same pictures."
@@ -219,16 +308,13 @@ def sample_command(
     options: dict[str, Any] = {"prompt": wanted.prompt, "negative": wanted.negative or None, "seed": wanted.seed}
     options |= {"candidates": wanted.candidates, "top": wanted.count} if best else {"count": wanted.count if wanted.count > 1 else None}
     options |= {name: getattr(wanted, name) for name in ("sampler", "spacing", "steps", "guidance", "strength")}
-    options |= {"upsampler": None if upsampler is None else upsampler.path, "image": image, "mask": mask, **more}
+    options |= {"upsampler": None if upsampler is None else upsampler.path, "factor": wanted.factor, "image": image, "mask": mask, **more}
     options["strength"] = wanted.strength if image is not None else None
     said = [(f"--{name.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else str(value)) for name, value in options.items() if value is not None]
+    said += [("--enlarger", name) for name in enlargers]
     return shlex.join(["difflit", "sample", model.path, *(word for pair in said for word in pair)])
 
 # %% ../nbs/80_studio.ipynb #9e674aef
-class Cancelled(Exception):
-    "Somebody no longer wants what he asked for."
-
-
 class Line:
     "Who may use a device, and in which order."
 
@@ -305,6 +391,18 @@ def check_picture(
         raise SettingsError(f"the picture has {picture.width} × {picture.height} pixels; at most {MOST_SIDE} along a side are taken")
     return picture.convert("RGB")
 
+# %% ../nbs/80_studio.ipynb #a20fbd41
+def reachable_factors(
+    enlargers: Sequence[str],  # see `load_enlarger`
+) -> dict[int, list[str]]:  # which of them make a picture 2, 4, 8 times larger; nothing for what they cannot
+    "What networks that enlarge can do together. Raises `SettingsError` for one that does not enlarge."
+    there = [SimpleNamespace(name=str(path), factor=enlarger_factor(path)) for path in enlargers]
+    reached: dict[int, list[str]] = {}
+    for factor in (2, 3, 4, 8):
+        with suppress(SettingsError):
+            reached[factor] = list(dict.fromkeys(each.name for each in plan_enlarging(factor, there)))  # type: ignore[arg-type]
+    return reached
+
 # %% ../nbs/80_studio.ipynb #9f17749e
 class Studio:
     "What those who draw have in common. Raises `SettingsError` if a device or a folder cannot be used."
@@ -314,6 +412,7 @@ class Studio:
         root: str | Path = "runs",  # a folder of runs
         *,
         also: Sequence[str] = (),  # further models, see `find_models`
+        enlargers: Sequence[str] = (),  # networks that make any picture larger, see `load_enlarger`
         out: str | Path | None = None,  # folder for pictures; None: a temporary one
         device: str = "auto",  # auto, cpu, cuda
         precision: str = "auto",  # auto, fp32, bf16, fp16
@@ -328,18 +427,21 @@ class Studio:
         self.folder = Path(tempfile.mkdtemp(prefix="difflit-app-")) if out is None else require_writable(out)
         self.uploads = Path(tempfile.mkdtemp(prefix="difflit-uploads-"))
         self.models, self._lock = find_models(root, also), threading.Lock()
-        self._scorer: Scorer | None = None
+        self.factors = reachable_factors(enlargers)
 
     def look(self) -> dict[str, Model]:
         "Look for models again."
         self.models = find_models(self.root, self.also)
         return self.models
 
-    def scorer(self) -> Scorer:
-        "The CLIP that orders candidates, loaded when it is first needed."
-        if self._scorer is None:
-            self._scorer = load_scorer(self.rank["rank_model"], self.rank["rank_weights"], self.device)
-        return self._scorer
+    def scorer(self, cancel: threading.Event | None = None) -> Scorer:
+        "The CLIP that orders candidates, loaded when it is first needed. Raises `SettingsError`, `Cancelled`."
+        name, weights = self.rank["rank_model"], self.rank["rank_weights"]
+        return self.shelf.get(("scorer", name, weights), lambda: load_scorer(name, weights, self.device), cancel)
+
+    def enlarger(self, path: str | Path, device: str, cancel: threading.Event | None = None) -> Enlarger:
+        "A network that enlarges, loaded when it is first needed. Raises `SettingsError`, `Cancelled`."
+        return self.shelf.get(("enlarger", str(path), str(choose_device(device))), lambda: load_enlarger(path, device), cancel)
 
     def room(self) -> Path:
         "A new folder for the pictures of one request."
@@ -359,7 +461,7 @@ class Studio:
 class News:
     "How far a request is."
 
-    state: str  # waiting, loading, drawing, done
+    state: str  # waiting, loading, drawing, enlarging, done
     model: str = ""  # that is at work
     ahead: int = 0  # requests before it, while it waits
     share: float = 0.0  # of all steps that are made, 0…1
@@ -374,9 +476,12 @@ class _Watcher:
     def __init__(self, tell: Callable[[News], None], model: str, cancel: threading.Event):
         self.tell, self.model, self.cancel, self.total, self.done, self._next = tell, model, cancel, 1, 0, 0.0
 
-    def __call__(self, first: int, guesses: Tensor, pixels: Callable[[Tensor], Tensor]) -> None:
+    def go_on(self) -> None:
         if self.cancel.is_set():
             raise Cancelled
+
+    def __call__(self, first: int, guesses: Tensor, pixels: Callable[[Tensor], Tensor]) -> None:
+        self.go_on()
         self.done += len(guesses)
         begun = time.monotonic()
         if begun >= self._next:
@@ -385,29 +490,47 @@ class _Watcher:
             self.tell(News("drawing", self.model, share=min(self.done / self.total, 1.0), previews=tuple(previews)))
             self._next = time.monotonic() + max(0.2, 4 * (time.monotonic() - begun))
 
+# %% ../nbs/80_studio.ipynb #2f9f7cf0
+class _Watched(Enlarger):
+    "One of the shelf's, which stops when told to"
+
+    def __init__(self, kept: Enlarger, watcher: _Watcher):
+        super().__init__(kept.model, kept.factor, window=kept.window, name=kept.name)
+        self._watcher, self._asked = watcher, 0
+
+    def __call__(self, pictures: Tensor, *args: Any, **how: Any) -> Tensor:
+        self._watcher.tell(News("enlarging", self._watcher.model, share=1.0))
+        return super().__call__(pictures, *args, **how)
+
+    def _ask(self, picture: Tensor) -> Tensor:
+        self._watcher.go_on()
+        return super()._ask(picture)
+
 # %% ../nbs/80_studio.ipynb #c15e5e1b
 def _draw_one(studio: Studio, wanted: Wanted, model: Model, shown: dict[str, Path], tell: Callable[[News], None], cancel: threading.Event) -> None:
     "The pictures of one model, by the functions that `difflit sample` calls"
     tell(News("loading", model.name))
+    enlargers = studio.factors[wanted.factor] if wanted.factor else []
     upsampler, room = studio.models[wanted.upsampler] if wanted.upsampler else None, studio.room()
     watcher = _Watcher(tell, model.name, cancel)
     how = {name: getattr(wanted, name) for name in ("sampler", "spacing", "steps", "guidance")}
     image, mask = shown.get("image"), shown.get("mask")
     album: Album = open_album(model.path, upsampler=upsampler.path if upsampler else None, negative=wanted.negative or None, image=image, mask=mask,
                               strength=wanted.strength if image else None, device=studio.device, precision=studio.precision,
-                              load=studio.shelf.load, digest=studio.shelf.digest, watch=watcher, **how)
+                              load=partial(studio.shelf.load, cancel=cancel), digest=studio.shelf.digest, watch=watcher, enlargers=enlargers,
+                              factor=wanted.factor, enlarge_with=lambda path, device: _Watched(studio.enlarger(path, device, cancel), watcher), **how)
     drawn = max(wanted.count, wanted.candidates or 1)
     watcher.total = drawn * album.steps
-    if cancel.is_set():
-        raise Cancelled
+    watcher.go_on()
     common: dict[str, Any] = {"seed": wanted.seed, "part": Part(), "progress": False}
     more = {name: None if getattr(studio, name) == "auto" else getattr(studio, name) for name in ("device", "precision")}
     if wanted.candidates is not None and wanted.candidates > 1:
-        paths = draw_best(album, [wanted.prompt], room, studio.scorer(), candidates=wanted.candidates, top=wanted.count, **common)
+        paths = draw_best(album, [wanted.prompt], room, studio.scorer(cancel), candidates=wanted.candidates, top=wanted.count, **common)
         more |= {name: value for name, value in studio.rank.items() if value not in ("ViT-L/14", "openai")}
     else:
         paths = draw_album(album, [wanted.prompt], room, count=wanted.count, **common)
-    tell(News("done", model.name, share=1.0, pictures=tuple(paths), command=sample_command(wanted, model, upsampler, image=image, mask=mask, **more)))
+    command = sample_command(wanted, model, upsampler, image=image, mask=mask, enlargers=enlargers, **more)
+    tell(News("done", model.name, share=1.0, pictures=tuple(paths), command=command))
 
 # %% ../nbs/80_studio.ipynb #77d8aec9
 def draw_wanted(
@@ -421,6 +544,7 @@ def draw_wanted(
     "Draw what is wanted, and tell how it goes. Raises `SettingsError`, `NonFiniteAnswer`, `Cancelled`; who stops reading stops the drawing."
     news: queue.Queue[News | BaseException | None] = queue.Queue()
     stop, names = cancel or threading.Event(), [wanted.model, *([wanted.against] if wanted.against else [])]
+    _check_factor(studio, wanted)
     shown = _handed_in(studio, image, mask)
 
     def work() -> None:
@@ -440,6 +564,19 @@ def draw_wanted(
             yield told
     finally:
         stop.set()
+
+
+def _check_factor(studio: Studio, wanted: Wanted) -> None:
+    "Raise `SettingsError` if pictures cannot be made so large, or would be absurdly large"
+    if wanted.factor is None:
+        return
+    if wanted.factor not in studio.factors:
+        can = f"there is: {', '.join(f'{factor} times' for factor in studio.factors)}" if studio.factors else "no network that does is given"
+        raise SettingsError(f"pictures cannot be made {wanted.factor} times larger here: {can}")
+    for name in filter(None, (wanted.model, wanted.against)):
+        side = studio.models[wanted.upsampler or name].side
+        if side is not None and side * wanted.factor > MOST_SIDE:
+            raise SettingsError(f"{wanted.factor} times {side} pixels along a side are more than {MOST_SIDE}: choose a smaller factor")
 
 
 def _handed_in(studio: Studio, image: Image.Image | None, mask: Image.Image | None) -> dict[str, Path]:

@@ -44,6 +44,29 @@ def save_run(folder: Path, seed: int = 0, steps=(10, 20), **other) -> Path:
     return folder
 
 
+def save_enlarger(folder: Path, factor: int = 2) -> Path:
+    "A small Swin2SR in transformers' format."
+    from transformers import Swin2SRConfig, Swin2SRForImageSuperResolution
+
+    torch.manual_seed(factor)
+    config = Swin2SRConfig(image_size=64, embed_dim=8, depths=[1], num_heads=[1], window_size=8, upscale=factor, upsampler="pixelshuffle")
+    Swin2SRForImageSuperResolution(config).save_pretrained(folder)
+    return folder
+
+
+def save_judge(folder: Path, name: str) -> dict[str, str]:
+    "A small CLIP that knows nothing, as options of a studio."
+    import open_clip
+
+    torch.manual_seed(0)
+    judge = {"embed_dim": 32, "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 8},
+             "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1}}
+    (folder / f"{name}.json").write_text(json.dumps(judge))
+    open_clip.add_model_config(folder / f"{name}.json")
+    save_file(open_clip.create_model(name).state_dict(), folder / "judge.safetensors")
+    return {"rank_model": name, "rank_weights": str(folder / "judge.safetensors")}
+
+
 def save_runs(root: Path) -> Path:
     "Two runs that draw, one that enlarges."
     save_run(root / "shapes-a")

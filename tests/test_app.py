@@ -6,6 +6,7 @@ import json
 import shlex
 import shutil
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -13,7 +14,7 @@ import urllib.request
 import numpy as np
 import pytest
 from PIL import Image
-from studios import save_run, save_runs
+from studios import save_enlarger, save_judge, save_run, save_runs
 from typer.testing import CliRunner
 
 from difflit.albums import read_picture
@@ -31,7 +32,8 @@ PATIENCE = 60_000  # milliseconds; a busy machine is slow
 def studio(tmp_path_factory):
     from difflit.studio import Studio
 
-    made = Studio(save_runs(tmp_path_factory.mktemp("app") / "runs"), device="cpu", precision="fp32")
+    root = save_runs(tmp_path_factory.mktemp("app") / "runs")
+    made = Studio(root, device="cpu", precision="fp32", enlargers=[str(save_enlarger(root.parent / "x2"))], **save_judge(root.parent, "app-judge"))
     yield made
     made.close()
 
@@ -155,6 +157,50 @@ def test_side_by_side(user, studio):
     window.wait_for_selector("#second img")
     assert window.locator("#first .thumbnail-item img").count() == window.locator("#second .thumbnail-item img").count() == 2
     assert "step 10: seed 0" in window.inner_text("#second")
+
+
+def test_cancel_while_a_model_is_loaded(user, studio, monkeypatch):
+    "The page says so at once and can be used again, although the disk still hangs."
+    ready, read = threading.Event(), studio.shelf._load
+    monkeypatch.setattr(studio.shelf, "_load", lambda path, device: ready.wait(60) and read(path, device))
+    try:
+        window = user()
+        window.click("#model input")
+        window.get_by_role("option", name="shapes-b").click()
+        ask(window)
+        told(window, "Loading shapes-b")
+        begun = time.monotonic()
+        window.click("#cancel")
+        told(window, "Cancelled")
+        assert time.monotonic() - begun < 10 and not ready.is_set()
+        window.wait_for_selector("#draw:not([disabled])")
+        assert len(studio.line) == 0
+    finally:
+        ready.set()
+    ask(window)
+    told(window, "shapes-b: done")
+
+
+def test_the_best_of_some_enlarged(user, studio):
+    "Reranking and a third stage, chosen in the page: what is shown is the best first, twice as large."
+    window = user()
+    window.click("#stages > button")
+    window.fill("#candidates textarea, #candidates input", "6")
+    window.click("#factor input")
+    window.get_by_role("option", name="2 times").click()
+    ask(window, count=2)
+    told(window, "done")
+    window.wait_for_selector("#first img")
+    assert window.locator("#first .thumbnail-item img").count() == 2
+    room = max(studio.folder.iterdir(), key=lambda room: room.stat().st_mtime_ns)
+    record = json.loads((room / "metadata.json").read_text())
+    says = [read_picture(room / f"image_rank_{rank:03d}.png") for rank in (1, 2)]
+    assert len(record["scores"]) == 6 and says[0]["score"] == max(record["scores"]) and says[0]["score"] >= says[1]["score"]
+    assert says[0]["factor"] == 2 and Image.open(room / "image_rank_001.png").size == (32, 32)
+    captions = window.inner_text("#first")
+    assert all(f"seed {each['seed']}, score {each['score']:.3f}" in captions for each in says)
+    command = window.inner_text("#command .cm-content")
+    assert all(words in command for words in ("--candidates 6 --top 2", "--factor 2", "--enlarger"))
 
 
 def test_fills_in_what_is_painted(user, studio):

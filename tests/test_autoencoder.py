@@ -183,6 +183,10 @@ def test_plain_and_given_autoencoders(tmp_path):
         given = load_autoencoder(tmp_path / "plain").vae.state_dict()
         assert all(torch.allclose(value, given[name]) for name, value in job.state.model.vae.state_dict().items() if "quant_conv" not in name)
         assert list(job.state.model.heads) == ["label"]
+        for name, value in (("base_channels", 8), ("channel_multipliers", "1,2"), ("latent_channels", 4)):
+            chosen = {**{other: None for other in ("base_channels", "channel_multipliers")}, name: value}
+            refused(f"has its own {name}, which cannot be chosen: leave {name} away", tmp_path / f"{where.replace('/', ' ')} {name}",
+                    init_from=tmp_path / where, **chosen)
         train_job(job, show=False)
         finish(opened)
 

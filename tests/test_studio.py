@@ -6,31 +6,24 @@ import threading
 import time
 
 import numpy as np
-import open_clip
 import pytest
-import torch
 from PIL import Image
-from safetensors.torch import save_file
-from studios import save_model, save_run, save_runs
+from studios import save_enlarger, save_judge, save_model, save_run, save_runs
 from typer.testing import CliRunner
 
+import difflit.studio
 from difflit.albums import read_picture
 from difflit.cli import app
 from difflit.config import SettingsError
-from difflit.studio import MOST_SIDE, Cancelled, Studio, check_wanted, draw_wanted, find_models, painted_mask
+from difflit.studio import MOST_SIDE, Cancelled, Shelf, Studio, check_wanted, draw_wanted, find_models, painted_mask
 
 
 @pytest.fixture(scope="module")
 def studio(tmp_path_factory):
     root = save_runs(tmp_path_factory.mktemp("studio") / "runs")
-    torch.manual_seed(0)
-    judge = {"embed_dim": 32, "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 8},
-             "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1}}
-    (root.parent / "studio-judge.json").write_text(json.dumps(judge))
-    open_clip.add_model_config(root.parent / "studio-judge.json")
-    save_file(open_clip.create_model("studio-judge").state_dict(), root.parent / "judge.safetensors")
-    judge = {"rank_model": "studio-judge", "rank_weights": str(root.parent / "judge.safetensors")}
-    made = Studio(root, out=root.parent / "pictures", device="cpu", precision="fp32", **judge)
+    judge = save_judge(root.parent, "studio-judge")
+    enlargers = [str(save_enlarger(root.parent / f"x{factor}", factor)) for factor in (2, 4)]
+    made = Studio(root, out=root.parent / "pictures", device="cpu", precision="fp32", enlargers=enlargers, **judge)
     yield made
     made.close()
 
@@ -57,6 +50,8 @@ CASES = {
     "noise of its own": dict(count=2, sampler="euler_a", steps=5),
     "an older checkpoint": dict(model="shapes-a, step 10"),
     "two stages": dict(count=2, upsampler="upsampler"),
+    "three stages": dict(count=2, upsampler="upsampler", factor=8),
+    "enlarged further": dict(factor=4),
     "the best of some": dict(count=2, candidates=5),
     "filled in": dict(image=photo(), mask=half()),
     "changed": dict(image=photo(), strength=0.5, steps=6),
@@ -64,7 +59,7 @@ CASES = {
 }
 
 
-OFTEN = ("plain", "settings", "filled in")  # the others take minutes together
+OFTEN = ("plain", "settings", "filled in", "enlarged further")  # the others take minutes together
 
 
 @pytest.mark.parametrize("name", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in CASES])
@@ -95,10 +90,17 @@ def test_filled_in_keeps_what_was_not_painted(studio):
     assert blue[:, 9:].all() and blue[:, :7].mean() < 0.5
 
 
-def test_two_users_draw_one_after_the_other(studio):
+def test_two_users_draw_one_after_the_other(studio, monkeypatch):
     "The second waits until the first is done, and both get the pictures that they would have got alone."
     alone = draw(studio, seed=9, steps=30)[0].pictures[0].read_bytes()
-    seen, told = [], threading.Lock()
+    seen, told, drawn, draw_one = [], threading.Lock(), [], difflit.studio._draw_one
+
+    def timed(*args):
+        begun = time.monotonic()
+        draw_one(*args)
+        drawn.append((begun, time.monotonic()))
+
+    monkeypatch.setattr(difflit.studio, "_draw_one", timed)
 
     def user(name, **values):
         wanted = check_wanted(studio.models, model="shapes-a", prompt="a red circle", **values)
@@ -114,8 +116,8 @@ def test_two_users_draw_one_after_the_other(studio):
     users[1].start()
     for each in users:
         each.join()
-    order = [(name, news.state) for name, news in seen]
-    assert ("b", "waiting") in order and order.index(("a", "done")) < order.index(("b", "loading"))
+    assert ("b", "waiting") in [(name, news.state) for name, news in seen]
+    assert drawn[0][0] < drawn[0][1] <= drawn[1][0] < drawn[1][1]
     assert next(news for name, news in seen if name == "b" and news.pictures).pictures[0].read_bytes() == alone
 
 
@@ -130,6 +132,71 @@ def test_cancelled_at_the_next_step_and_the_line_goes_on(studio):
         list(news)
     assert time.monotonic() - begun < 5
     assert draw(studio)[0].pictures and len(studio.line) == 0
+
+
+@pytest.fixture
+def slow_disk(studio, monkeypatch):
+    "A studio whose models come from a disk that answers when it is told to."
+    ready, asked = threading.Event(), []
+    read = studio.shelf._load
+
+    def load(path, device):
+        asked.append(str(path))
+        assert ready.wait(60)
+        return read(path, device)
+
+    draw(studio, model="shapes-a")  # stands on the shelf when the others come
+    monkeypatch.setattr(studio, "shelf", Shelf(load=load))
+    ready.set()
+    draw(studio, model="shapes-a")
+    ready.clear()
+    asked.clear()
+    yield ready, asked
+    ready.set()
+
+
+def test_cancelled_while_a_model_is_loaded(studio, slow_disk):
+    "At once, although the disk still hangs; others draw on, and the model is there for the next request without a second load."
+    ready, asked = slow_disk
+    stop = threading.Event()
+    news = draw_wanted(studio, check_wanted(studio.models, model="shapes-b", prompt="a red circle"), cancel=stop)
+    assert next(news).state == "loading"
+    while not asked:
+        time.sleep(0.01)
+    begun = time.monotonic()
+    stop.set()
+    with pytest.raises(Cancelled):
+        list(news)
+    assert time.monotonic() - begun < 2 and len(studio.line) == 0 and not ready.is_set()
+    assert draw(studio, model="shapes-a")[0].pictures, "what stands on the shelf is not held up"
+    stop = threading.Event()
+    other = draw_wanted(studio, check_wanted(studio.models, model="shapes-a, step 10", prompt="a red circle"), cancel=stop)
+    assert next(other).state == "loading"
+    other.close()
+    while len(studio.line):
+        time.sleep(0.01)
+    ready.set()
+    assert draw(studio, model="shapes-b")[0].pictures
+    assert asked == [studio.models["shapes-b"].path], "loaded once, and what nobody waited for not at all"
+    loaders = [thread for thread in threading.enumerate() if thread.name == "difflit-load"]
+    for thread in loaders:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in loaders), "no thread stays behind"
+
+
+def test_cancelled_between_two_tiles(studio):
+    stop = threading.Event()
+    wanted = check_wanted(studio.models, model="shapes-a", prompt="a red circle", upsampler="upsampler", count=16, factor=8)
+    news = draw_wanted(studio, wanted, cancel=stop)
+    while next(news).state != "enlarging":
+        pass
+    stop.set()
+    with pytest.raises(Cancelled):
+        list(news)
+    with pytest.raises(SettingsError, match="8 times 1024 pixels along a side are more than 4096"):
+        models = {**studio.models, "large": studio.models["shapes-a"].__class__("large", "large", side=1024)}
+        studio_of_large = type("Large", (), {"models": models, "factors": studio.factors})()
+        list(draw_wanted(studio_of_large, check_wanted(models, model="large", prompt="a red circle", factor=8)))
 
 
 def test_a_new_checkpoint_is_found_and_a_half_written_one_is_not(tmp_path):
