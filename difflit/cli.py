@@ -4,20 +4,25 @@
 
 # %% auto #0
 __all__ = ['app', 'PREEMPTED', 'runs', 'shards', 'Paths', 'TarLayout', 'Columns', 'caches', 'Cache', 'parse_parameters',
-           'launcher', 'train_command', 'summary', 'runs_command', 'runs_compare_command', 'runs_report_command',
-           'runs_stitch_command', 'runs_archive_command', 'runs_unpack_command', 'evaluate_command', 'audit_command',
-           'sample_command', 'samplers_command', 'app_command', 'export_command', 'average_command',
-           'shards_index_command', 'shards_verify_command', 'shards_select_command', 'shards_write_command',
-           'shards_repack_command', 'shards_stage_command', 'cache_fill_command', 'cache_show_command',
-           'cache_verify_command', 'cache_prune_command', 'cache_import_command', 'cache_export_command',
-           'pull_command', 'new_command', 'presets_command', 'submit_command', 'clusters_command', 'search_command',
-           'main']
+           'launcher', 'how_far', 'train_command', 'summary', 'runs_command', 'runs_compare_command',
+           'runs_report_command', 'runs_stitch_command', 'runs_archive_command', 'runs_unpack_command',
+           'evaluate_command', 'audit_command', 'sample_command', 'samplers_command', 'app_command', 'export_command',
+           'average_command', 'shards_index_command', 'shards_verify_command', 'shards_select_command',
+           'shards_write_command', 'shards_repack_command', 'shards_stage_command', 'cache_fill_command',
+           'cache_show_command', 'cache_verify_command', 'cache_prune_command', 'cache_import_command',
+           'cache_export_command', 'pull_command', 'new_command', 'presets_command', 'submit_command',
+           'clusters_command', 'search_command', 'main']
 
 # %% ../nbs/89_cli.ipynb #eaf6cac7
+import math
+import os
 import shlex
 import shutil
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -74,6 +79,58 @@ def launcher(
         raise SettingsError(f"there is no launcher {name!r}; there is {', '.join(sorted(there))}")
     return there[name]
 
+# %% ../nbs/89_cli.ipynb #new1
+def how_far(
+    path: str | Path,  # a run directory
+) -> str | None:  # None before anything is known
+    "A line on a run that is under way, from what it wrote."
+    with suppress(OSError, ValueError):
+        status = read_status(path) or {}
+        if status.get("state") != "running" or not status.get("steps"):
+            return None
+        row, steps, left = _newest_row(Path(path) / "metrics.csv"), int(status["steps"]), ""
+        step = max(int(status.get("step") or 0), int(float(row.get("step") or 0)))
+        if (seconds := float(row.get("seconds") or 0)) and steps > step:
+            minutes = math.ceil((steps - step) * seconds / 60)
+            left = f"about {minutes // 60} h {minutes % 60} min left" if minutes >= 60 else f"about {minutes} min left"
+        loss = f"loss {float(row['loss']):.4g}" if row.get("loss") else ""
+        return "  ".join(filter(None, [f"{step} of {steps}", loss, left]))
+    return None
+
+
+def _newest_row(file: Path) -> dict[str, str]:
+    "The last row of `metrics.csv`; of the time for a step, the mean of the last few."
+    with suppress(OSError), open(file, "rb") as f:
+        names = f.readline().decode().strip().split(",")
+        f.seek(max(f.tell(), f.seek(0, os.SEEK_END) - 16_384))
+        rows = [dict(zip(names, row)) for line in f.read().decode(errors="replace").splitlines() if len(row := line.split(",")) == len(names)]
+        spent = [float(row["seconds"]) for row in rows[-20:] if row.get("seconds")]
+        return {**rows[-1], "seconds": str(sum(spent) / len(spent)) if spent else ""} if rows else {}
+    return {}
+
+
+@contextmanager
+def _telling(path: Path, every: float | None = None) -> Iterator[None]:
+    "Tell meanwhile how far a run is."
+    terminal, over = sys.stderr.isatty(), threading.Event()
+
+    def work() -> None:
+        said = None
+        while not over.wait((1 if terminal else 60) if every is None else every):
+            if (line := how_far(path)) and line != said:
+                print(f"\r\033[K{line}" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
+                said = line
+
+    thread = threading.Thread(target=work, daemon=True, name="difflit progress")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        if terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
 # %% ../nbs/89_cli.ipynb #66492292
 PREEMPTED = 75  # EX_TEMPFAIL: "try again later", which Slurm and LSF can be told to requeue by
 
@@ -106,7 +163,9 @@ def _execute(notebook: str, given: dict[str, Any], cls: type[Settings], usual: s
     report = next_report(path)
     typer.echo(f"Report:  {report}")
     try:
-        papermill.execute_notebook(str(source), str(report), parameters={**given, "run_dir": str(path)}, progress_bar=False, cwd=None)
+        with _telling(path):
+            papermill.execute_notebook(str(source), str(report), parameters={**given, "run_dir": str(path)}, progress_bar=False, cwd=None,
+                                       extra_arguments=["--IPKernelApp.log_level=ERROR"])  # else each kernel warns of its own socket
     except papermill.PapermillExecutionError as error:
         raise SettingsError(f"the run failed: {error.ename}: {error.evalue} (see {report})") from None
     typer.echo(summary(path))
