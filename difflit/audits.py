@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .config import SettingsError, nearest
 from .data import DataError, Picture, Source
-from .evaluation import Candidate, Question, in_turns
+from .evaluation import Candidate, Question, in_turns, taking_turns
 from .extractors import Extractor, check_images, quantised
 from .files import atomic_write, write_json
 from .generation import Pipeline, sampling_of
@@ -110,13 +110,26 @@ def _detect(found: Audit, held_out: Tensor | None, descriptor: Extractor) -> Non
     if isinstance(found.training, Tensor):
         known = descriptor(found.training)
     else:
-        by_it = {"view": descriptor, "read": None, "hold": True, "space": "descriptors", "places": [], "captions": []}
+        by_it: dict[str, Any] = {"view": descriptor, "read": None, "hold": True, "space": "descriptors", "places": [], "captions": []}
         known = found.training if found.training.view is descriptor else replace(found.training, **by_it)
     found.copies["copy_detection"] = detected = copy_detection(descriptor(found.images), known)
     found.scores["copy_detection"] = {**detected.score(), "protocol": f"{descriptor.protocol}; {detected.score()['protocol']}"}
     if held_out is not None:
         found.scores["copy_detection.held_out"] = copy_detection(descriptor(held_out), known).score()
     found.background = background(known)
+
+
+def _compare(name: str, images: Tensor, prompts: list[str], training: Tensor | Gallery, held_out: Tensor | None, methods: Sequence[str],
+             descriptor: Extractor | None, deduplicate: bool, perturb: bool) -> Audit:
+    "All that is found once the pictures are there."
+    copies, scores, notes = audit_copies(images, training, held_out, methods, deduplicate=deduplicate)
+    compared, space = (len(training), "pixels") if isinstance(training, Tensor) else (training.count(), training.space)
+    found = Audit(name, images, prompts, training, compared, copies, scores, notes, space=space)
+    if descriptor is not None:
+        _detect(found, held_out, descriptor)
+    if perturb:
+        found.sharpness = perturbation_test(training, [method for method in methods if method in copies])
+    return found
 
 # %% ../nbs/69_audits.ipynb #9076d8f4
 def audit(
@@ -132,6 +145,7 @@ def audit(
     folder: str | Path | None = None,  # for scores.json, closest.png, and parts while it runs; None: nothing is written
     part: int = 64,  # pictures drawn at a time
     told: Callable[[int, int], None] | None = None,  # told how many are drawn, of how many
+    device: torch.device | None = None,  # where the descriptor is called to, while the model waits on the CPU; None: both stay where they are
 ) -> Audit:  # shares of copies with their control, and what they rest on
     "Look for copies of training pictures in what a model draws. Raises `SettingsError` or `DataError`."
     if unknown := [name for name in methods if name not in COPY_METHODS]:
@@ -141,18 +155,15 @@ def audit(
     ranks = training.ranks if isinstance(training, Gallery) else None
     images = drawn_pictures(candidate, questions, parts, part=part, told=told, ranks=ranks)
     check_images(images, f"what {candidate.name} drew", size)
-    copies, scores, notes = audit_copies(images, training, held_out, methods, deduplicate=deduplicate)
-    compared, space = (len(training), "pixels") if isinstance(training, Tensor) else (training.count(), training.space)
-    found = Audit(candidate.name, images, [q.prompt for q in questions], training, compared, copies, scores, notes, space=space)
-    if descriptor is not None:
-        _detect(found, held_out, descriptor)
-    if perturb:
-        found.sharpness = perturbation_test(training, [name for name in methods if name in copies])
+    painters = [network for network in candidate.networks if network is not candidate.autoencoder]  # that one may be needed for latents
+    looks = [] if descriptor is None or descriptor.network is None else [descriptor.network]
+    with taking_turns(device or torch.device("cpu"), painters, looks):
+        found = _compare(candidate.name, images, [q.prompt for q in questions], training, held_out, methods, descriptor, deduplicate, perturb)
     if held_out is None:
         found.notes.append("there is no control: no held-out pictures were given")
     if folder is not None and parts is not None and (ranks is None or ranks.rank == 0):
         write_json(Path(folder) / "scores.json", found.scores)
-        atomic_write(Path(folder) / "closest.png", closest_figure(found, next(iter(copies)), 16).png())
+        atomic_write(Path(folder) / "closest.png", closest_figure(found, next(iter(found.copies)), 16).png())
         shutil.rmtree(parts, ignore_errors=True)
     return found
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PROMPT_SETS', 'MEASURES', 'prompt_set', 'Question', 'ask', 'Candidate', 'folder_candidate', 'model_candidate',
            'short_name', 'expand', 'open_candidate', 'is_lower_better', 'measure', 'aligned', 'all_right', 'set_scores',
-           'Panel', 'make_panel', 'called_to', 'in_turns', 'Card', 'judge', 'Evaluation', 'evaluate', 'side_by_side',
-           'scorecard_table', 'by_prompt', 'best_and_worst', 'curve_figure']
+           'Panel', 'make_panel', 'called_to', 'taking_turns', 'in_turns', 'Card', 'judge', 'Evaluation', 'evaluate',
+           'side_by_side', 'scorecard_table', 'by_prompt', 'best_and_worst', 'curve_figure']
 
 # %% ../nbs/68_evaluation.ipynb #36660cd4
 import hashlib
@@ -36,7 +36,7 @@ from .metrics import Moments, density_coverage, frechet_score, frechet_scores, i
 from .neighbours import Gallery
 from .oracles import judge_scene, read_scenes
 from .precision import choose_device
-from .processes import Ranks
+from .processes import Ranks, is_sharded
 from .reranking import Scorer, load_scorer, moved_off
 from .scores import grouped_share, mean_score, win_rate
 from .similarity import clip_scores, diversity
@@ -367,6 +367,7 @@ def make_panel(
     measures: Sequence[str] = (),  # names of `MEASURES`
     device: str = "auto",  # auto, cpu, cuda
     ranks: Ranks | None = None,  # processes that share the work, each looking at its part of the real pictures
+    painters: Sequence[nn.Module] = (),  # networks that make room while real pictures are looked at
 ) -> Panel:  # ready; real pictures have been looked at
     "Call the judges together. Raises `SettingsError` for a judge that does not exist or lacks its weights."
     where, words = choose_device(device), extractors
@@ -383,12 +384,12 @@ def make_panel(
         networks.append(scorer.model)
     panel = Panel(chosen, {}, functions, about or (reference.name if reference is not None else "none"), networks, where)
     if reference is not None:
-        with called_to(where, *networks):
+        with taking_turns(where, painters, networks):
             panel.references = {e.name: _rows_of(Gallery(reference, reference_size, e, reference_images, ranks=ranks)) for e in chosen}
         panel.about += f", {reference_images and len(next(iter(panel.references.values()), []))} pictures at {reference_size} px"
     return panel
 
-# %% ../nbs/68_evaluation.ipynb #2b164cc0
+# %% ../nbs/68_evaluation.ipynb #aab8a422
 def _rows_of(gallery: Gallery) -> Tensor:
     "All vectors of a gallery, from all processes."
     own = [*gallery]
@@ -410,7 +411,19 @@ def called_to(
         for network, place in zip(networks, places):
             network.to(place)
 
-# %% ../nbs/68_evaluation.ipynb #82107186
+
+@contextmanager
+def taking_turns(
+    device: torch.device,  # where both work
+    painters: Sequence[nn.Module],  # they lie there, and wait on the CPU meanwhile; sharded ones stay where they are
+    judges: Sequence[nn.Module],  # they lie on the CPU, and are called for the block
+) -> Iterator[None]:
+    "Painters make room for judges on a GPU; afterwards all are where they were, with the same parameters, also after an error."
+    on_gpu = device.type != "cpu"
+    with moved_off(*(p for p in painters if on_gpu and not is_sharded(p))), called_to(device, *judges if on_gpu else ()):
+        yield
+
+# %% ../nbs/68_evaluation.ipynb #f3b56d96
 def in_turns(
     count: int,  # of parts
     make: Callable[[int], Any],  # number of a part → the part, picklable
@@ -429,8 +442,7 @@ def _judge_part(candidate: Candidate, questions: Sequence[Question], panel: Pane
     if len(images) != len(questions):
         raise DataError(f"{candidate.name} answered {len(questions)} questions with {len(images)} pictures")
     found: dict[str, Tensor] = {}
-    on_gpu = panel.device.type != "cpu"
-    with moved_off(*candidate.networks if on_gpu else ()), called_to(panel.device, *panel.networks if on_gpu else ()):
+    with taking_turns(panel.device, candidate.networks, panel.networks):
         for extract in panel.extractors:
             found[f"rows {extract.name}"] = extract(images)
             if extract.logits is not None:

@@ -72,7 +72,7 @@ def split_of(
         source = cached_split(settings, open_encoders(settings, choose_device(settings.device)), source, split)
     return source if len(source) else None
 
-# %% ../nbs/73_judging.ipynb #7bfd8e92
+# %% ../nbs/73_judging.ipynb #0e516e10
 def _together(settings: JudgeSettings) -> tuple[Any, Ranks | None]:
     "The settings with this process's own device, and the processes of the job if there are several. What must be bit-exact on a GPU is made so."
     device = choose_device(settings.device, int(os.environ.get("LOCAL_RANK", 0)))
@@ -133,7 +133,7 @@ def evaluate_job(
     reference = (held or split_of(data, "train")) if data is not None and s.reference_images else None
     about = f"{'held-out' if held is not None else 'training'} pictures of {data.data}" if data is not None and reference is not None else None
     panel = make_panel(s.extractors, reference, reference_size=size, reference_images=s.reference_images, about=about, clip=s.clip, measures=wanted,
-                       device=s.device, ranks=ranks)
+                       device=s.device, ranks=ranks, painters=first.networks)
     others, questions = [first, *models[1:]], ask(prompts, s.per_prompt, s.seed)
     found = evaluate(others, questions, panel, run.path, part=s.part, seconds=s.seconds, told=told, ranks=ranks, image_size=size, **_how(s))
     _rest(run, ranks)
@@ -205,7 +205,7 @@ def _tensors(value: Any) -> list[Tensor]:
         return [value]
     return [tensor for each in value.values() for tensor in _tensors(each)] if isinstance(value, Mapping) else []
 
-# %% ../nbs/73_judging.ipynb #bedafce1
+# %% ../nbs/73_judging.ipynb #de5e1287
 def space_of(
     settings: AuditSettings,  # of which `compared_in` matters
     data: TrainSettings,  # see `trained_on`
@@ -228,7 +228,7 @@ def space_of(
     if known is None:
         return {"view": lambda pictures: latents(vae.encode(pictures)), "space": f"latents of {vae.name}"}
     read = lambda places: latents(known.latents[0].read(known.rows[[*places], 0]))
-    return {"view": lambda pictures: latents(vae.encode(pictures)), "space": f"latents of {vae.name}, those of training pictures from the cache",
+    return {"view": lambda pictures: latents(vae.encode(pictures)), "space": f"latents of {vae.name}, training ones from the cache",
             "read": read, "source": known}
 
 
@@ -260,13 +260,14 @@ def audit_job(
     if not asked:
         raise SettingsError(f"the training pictures of {data.data} have no captions: give a file of prompts")
     name, _, file = (s.descriptor or "").partition("=")
-    descriptor = get_extractor(name, file or None, s.device) if name else None
+    descriptor = get_extractor(name, file or None, "cpu") if name else None  # it is called to the device when the model has drawn
     training = _training(train, size, s.compared, ranks, **space_of(s, data, train, candidate, descriptor))
     control = None if held is None or not s.held_out_images else pictures_of(held, size, s.held_out_images)[0]
     questions = ask(asked, -(-s.images // len(asked)), s.seed)[: s.images]
     names = [*COPY_METHODS] if s.methods == "auto" else [name.strip() for name in s.methods.split(",") if name.strip()]
     found = audit(candidate, questions, training, control, methods=names, descriptor=descriptor, deduplicate=s.deduplicate, perturb=s.perturb,
-                  folder=run.path, part=s.part, told=told)
+                  folder=run.path, part=s.part, told=told, device=torch.device(s.device))
+    del candidate
     if found.compared < len(train):
         found.notes.append(f"compared with the first {found.compared} of {len(train)} training pictures alone: set compared higher, or limit as in training")
     if run.main:
