@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,13 @@ from torch import Tensor
 
 from .config import SettingsError, nearest
 from .data import DataError, Picture, Source
-from .evaluation import Candidate, Question
+from .evaluation import Candidate, Question, in_turns, taking_turns
 from .extractors import Extractor, check_images, quantised
 from .files import atomic_write, write_json
 from .generation import Pipeline, sampling_of
 from .memorization import COPY_METHODS, Copies, audit_copies, background, copies_figure, copy_detection, cosine_verdict, perturbation_test
 from .neighbours import Gallery
+from .processes import Ranks
 from .scores import score_text
 from .signals import Signal, attention_entropy, signal_scores, text_noise
 
@@ -52,23 +53,27 @@ def drawn_pictures(
     *,
     part: int = 64,  # pictures at a time
     told: Callable[[int, int], None] | None = None,  # told how many are done, of how many
+    ranks: Ranks | None = None,  # processes that share the drawing; all get all pictures
 ) -> Tensor:  # [N, 3, S, S] in −1…1, as a file would hold them
     "Pictures of a candidate, taken up again where they were drawn before. Raises `DataError` for what are no pictures."
     if candidate.check is not None:
         candidate.check(questions)
-    parts = []
-    for at in range(0, len(questions), part):
-        some = list(questions[at : at + part])
-        key = hashlib.sha256(json.dumps([candidate.key, [[q.prompt, q.seed] for q in some]]).encode()).hexdigest()
+    asked, parts = [list(questions[at : at + part]) for at in range(0, len(questions), part)], list[Tensor]()
+
+    def made(turn: int) -> Tensor:
+        key = hashlib.sha256(json.dumps([candidate.key, [[q.prompt, q.seed] for q in asked[turn]]]).encode()).hexdigest()
         path = Path(folder) / f"drawn-{key[:16]}.safetensors" if folder is not None else None
         there = _read(path, key) if path is not None else None
         if there is None:
-            there = quantised(check_images(candidate.answer(some).float().cpu(), f"what {candidate.name} drew"))
+            there = quantised(check_images(candidate.answer(asked[turn]).float().cpu(), f"what {candidate.name} drew"))
             if path is not None:
                 atomic_write(path, save({"pictures": there.contiguous()}, {"key": key}))
+        return there
+
+    for there in in_turns(len(asked), made, ranks):
         parts.append(there)
         if told:
-            told(at + len(some), len(questions))
+            told(min(len(parts) * part, len(questions)), len(questions))
     return torch.cat(parts).float() / 127.5 - 1
 
 
@@ -95,23 +100,42 @@ class Audit:
     notes: list[str] = field(default_factory=list)  # what was left out, and why
     background: dict[float, float] = field(default_factory=dict)  # by quantile: how similar training pictures' descriptors are to their best other one
     sharpness: dict[str, dict[float, dict[str, Any]]] = field(default_factory=dict)  # from `perturbation_test`
+    space: str = "pixels"  # what was compared, but by copy detection, in words
     signs: dict[str, dict[str, Any]] = field(default_factory=dict)  # NAME.train, .held_out, .difference from `signs_inside`, halves.… from `two_halves`
 
 
 def _detect(found: Audit, held_out: Tensor | None, descriptor: Extractor) -> None:
     "Copy detection by a descriptor, with its background."
-    known = descriptor(found.training) if isinstance(found.training, Tensor) else torch.cat([descriptor(piece) for piece in found.training])
+    known: Tensor | Gallery
+    if isinstance(found.training, Tensor):
+        known = descriptor(found.training)
+    else:
+        by_it: dict[str, Any] = {"view": descriptor, "read": None, "hold": True, "space": "descriptors", "places": [], "captions": []}
+        known = found.training if found.training.view is descriptor else replace(found.training, **by_it)
     found.copies["copy_detection"] = detected = copy_detection(descriptor(found.images), known)
     found.scores["copy_detection"] = {**detected.score(), "protocol": f"{descriptor.protocol}; {detected.score()['protocol']}"}
     if held_out is not None:
         found.scores["copy_detection.held_out"] = copy_detection(descriptor(held_out), known).score()
     found.background = background(known)
 
+
+def _compare(name: str, images: Tensor, prompts: list[str], training: Tensor | Gallery, held_out: Tensor | None, methods: Sequence[str],
+             descriptor: Extractor | None, deduplicate: bool, perturb: bool) -> Audit:
+    "All that is found once the pictures are there."
+    copies, scores, notes = audit_copies(images, training, held_out, methods, deduplicate=deduplicate)
+    compared, space = (len(training), "pixels") if isinstance(training, Tensor) else (training.count(), training.space)
+    found = Audit(name, images, prompts, training, compared, copies, scores, notes, space=space)
+    if descriptor is not None:
+        _detect(found, held_out, descriptor)
+    if perturb:
+        found.sharpness = perturbation_test(training, [method for method in methods if method in copies])
+    return found
+
 # %% ../nbs/69_audits.ipynb #9076d8f4
 def audit(
     candidate: Candidate,  # a model, or a folder of pictures
     questions: Sequence[Question],  # see `ask`; usually training captions
-    training: Tensor | Gallery,  # [M, 3, S, S] in −1…1, in memory or read piece by piece
+    training: Tensor | Gallery,  # [M, 3, S, S] in −1…1, in memory or read piece by piece; a gallery says what is compared, and by which processes
     held_out: Tensor | None = None,  # [K, 3, S, S], of the same source, which it never saw; None: no control
     *,
     methods: Sequence[str] = ("ratio", "carlini_small", "carlini_tiled", "cosine_check"),  # names of `COPY_METHODS`
@@ -121,26 +145,25 @@ def audit(
     folder: str | Path | None = None,  # for scores.json, closest.png, and parts while it runs; None: nothing is written
     part: int = 64,  # pictures drawn at a time
     told: Callable[[int, int], None] | None = None,  # told how many are drawn, of how many
+    device: torch.device | None = None,  # where the descriptor is called to, while the model waits on the CPU; None: both stay where they are
 ) -> Audit:  # shares of copies with their control, and what they rest on
     "Look for copies of training pictures in what a model draws. Raises `SettingsError` or `DataError`."
     if unknown := [name for name in methods if name not in COPY_METHODS]:
         raise SettingsError(f"there is no test {unknown[0]!r}; there are {', '.join(COPY_METHODS)}")
     size = training.image_size if isinstance(training, Gallery) else check_images(training, "training pictures").shape[-1]
     parts = Path(folder) / "parts" if folder is not None else None
-    images = drawn_pictures(candidate, questions, parts, part=part, told=told)
+    ranks = training.ranks if isinstance(training, Gallery) else None
+    images = drawn_pictures(candidate, questions, parts, part=part, told=told, ranks=ranks)
     check_images(images, f"what {candidate.name} drew", size)
-    copies, scores, notes = audit_copies(images, training, held_out, methods, deduplicate=deduplicate)
-    compared = len(training) if isinstance(training, Tensor) else len(training.places)
-    found = Audit(candidate.name, images, [q.prompt for q in questions], training, compared, copies, scores, notes)
-    if descriptor is not None:
-        _detect(found, held_out, descriptor)
-    if perturb:
-        found.sharpness = perturbation_test(training, [name for name in methods if name in copies])
+    painters = [network for network in candidate.networks if network is not candidate.autoencoder]  # that one may be needed for latents
+    looks = [] if descriptor is None or descriptor.network is None else [descriptor.network]
+    with taking_turns(device or torch.device("cpu"), painters, looks):
+        found = _compare(candidate.name, images, [q.prompt for q in questions], training, held_out, methods, descriptor, deduplicate, perturb)
     if held_out is None:
         found.notes.append("there is no control: no held-out pictures were given")
-    if folder is not None and parts is not None:
+    if folder is not None and parts is not None and (ranks is None or ranks.rank == 0):
         write_json(Path(folder) / "scores.json", found.scores)
-        atomic_write(Path(folder) / "closest.png", closest_figure(found, next(iter(copies)), 16).png())
+        atomic_write(Path(folder) / "closest.png", closest_figure(found, next(iter(found.copies)), 16).png())
         shutil.rmtree(parts, ignore_errors=True)
     return found
 
@@ -159,14 +182,14 @@ def verdict(
 ) -> str:  # Markdown, a few sentences
     "What an audit found, in words."
     caught = [name for name in found.copies if is_copying(found, name)]
-    n, m = len(found.images), found.compared
+    n, m, where = len(found.images), found.compared, "" if found.space == "pixels" else f", in {found.space}"
     if caught:
-        lines = [f"**{found.name} copies its training pictures**: of {n} pictures held against {m},"]
+        lines = [f"**{found.name} copies its training pictures**: of {n} pictures held against {m}{where},"]
         lines += [f"- {found.scores[c]['value']:.1%} by {c} ({found.scores[f'{c}.held_out']['value']:.1%} of held-out pictures)" for c in caught]
     elif all(is_copying(found, name) is None for name in found.copies):
         lines = [f"Without held-out pictures nothing can be said for sure of {found.name}; the shares are those below."]
     else:
-        lines = [f"No test finds more copies among {n} pictures of {found.name} than among held-out ones, compared with {m} training pictures."]
+        lines = [f"No test finds more copies among {n} pictures of {found.name} than among held-out ones, compared with {m} training pictures{where}."]
     if "cosine_check" in found.scores:
         lines.append(f"\nBy the nearest-neighbour cosine alone: {cosine_verdict(found.scores['cosine_check']['value'])}.")
     return "\n".join(lines)
@@ -181,7 +204,8 @@ def audit_table(
         control, told = found.scores.get(f"{name}.held_out"), is_copying(found, name)
         said = "?" if told is None else "**yes**" if told else "no"
         lines.append(f"| {name} | {score_text(found.scores[name])} | {score_text(control) if control else '–'} | {said} |")
-    lines += ["", *(f"- {name}: {found.scores[name]['protocol']}" for name in found.copies), *(f"- {note}" for note in found.notes)]
+    lines += ["", f"- compared in {found.space}"]
+    lines += [*(f"- {name}: {found.scores[name]['protocol']}" for name in found.copies), *(f"- {note}" for note in found.notes)]
     if found.background:
         lines.append("- similarity of each training picture to its best other one: " + ", ".join(f"{v:.3f} at {q:.0%}" for q, v in found.background.items()))
     return "\n".join(lines)

@@ -341,7 +341,8 @@ class JudgeSettings(JobSettings):
     sampler_steps: int | None = Field(None, ge=1, le=1000, description="steps of the sampler (None: each model's own)")
     spacing: str | None = Field(None, description="where the steps lie (None: each model's own)")
     guidance: float | None = Field(None, description="classifier-free guidance; 1 is none (None: each model's own)")
-    part: int = Field(64, ge=1, description="pictures drawn before they are looked at; an interrupted job goes on at the last part")
+    part: int = Field(64, ge=1, description="pictures drawn before they are looked at; an interrupted job goes on at the last part; processes share the parts")
+    timeout_seconds: float = Field(1800.0, gt=0, description="longest silence of another process before the run fails")
 
 
 class EvaluateSettings(JudgeSettings):
@@ -366,6 +367,8 @@ class AuditSettings(JudgeSettings):
     prompts: str | None = Field(None, description="a file with one prompt a line (None: training captions)")
     held_out_images: int = Field(256, ge=1, description="real pictures that the model never saw, for the control")
     compared: int = Field(50_000, ge=2, description="training pictures at most that the drawn ones are held against, the first ones")
+    compared_in: Literal["pixels", "latents", "descriptors"] = Field(
+        "pixels", description="what the tests compare: pixels; latents, of the model's own autoencoder or its cache; descriptors, those of descriptor")
     methods: str = Field("auto", description="tests for copies, commas between: ratio, carlini_small, carlini_tiled, cosine_check, your own; auto: these four")
     descriptor: str | None = Field(None, description="what copies are told by: sscd with FILE behind an equals sign, dinov2, random … (None: pixels alone)")
     deduplicate: bool = Field(True, description="leave copies out of the training set first; else a copied pair hides a copier")

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PROMPT_SETS', 'MEASURES', 'prompt_set', 'Question', 'ask', 'Candidate', 'folder_candidate', 'model_candidate',
            'short_name', 'expand', 'open_candidate', 'is_lower_better', 'measure', 'aligned', 'all_right', 'set_scores',
-           'Panel', 'make_panel', 'called_to', 'Card', 'judge', 'Evaluation', 'evaluate', 'side_by_side',
-           'scorecard_table', 'by_prompt', 'best_and_worst', 'curve_figure']
+           'Panel', 'make_panel', 'called_to', 'taking_turns', 'in_turns', 'Card', 'judge', 'Evaluation', 'evaluate',
+           'side_by_side', 'scorecard_table', 'by_prompt', 'best_and_worst', 'curve_figure']
 
 # %% ../nbs/68_evaluation.ipynb #36660cd4
 import hashlib
@@ -36,6 +36,7 @@ from .metrics import Moments, density_coverage, frechet_score, frechet_scores, i
 from .neighbours import Gallery
 from .oracles import judge_scene, read_scenes
 from .precision import choose_device
+from .processes import Ranks, is_sharded
 from .reranking import Scorer, load_scorer, moved_off
 from .scores import grouped_share, mean_score, win_rate
 from .similarity import clip_scores, diversity
@@ -160,6 +161,7 @@ class Candidate:
     step: int | None = None  # of training, for curves
     image_size: int | None = None  # pixels along a side of its pictures, where that is known beforehand
     check: Callable[[Sequence[Question]], None] | None = None  # raises if not all questions can be answered; before anything is drawn
+    autoencoder: Any = None  # of a latent model
 
 
 def folder_candidate(
@@ -212,7 +214,8 @@ def model_candidate(
     steps = re.findall(r"step-(\d+)", str(path))
     key = json.dumps({k: v for k, v in album.made_by.items() if k not in ("versions", "checkpoint")}, sort_keys=True, default=str)
     answer = lambda questions: album.draw([q.prompt for q in questions], [q.seed for q in questions])
-    return Candidate(name or short_name(path), key, answer, album.networks, int(steps[-1]) if steps else None, album.stage.image_size)
+    return Candidate(name or short_name(path), key, answer, album.networks, int(steps[-1]) if steps else None, album.stage.image_size,
+                     autoencoder=album.stage.autoencoder)
 
 
 def short_name(
@@ -363,6 +366,8 @@ def make_panel(
     clip: str | Scorer | None = None,  # NAME:WEIGHTS of a CLIP for cosines, see `load_scorer`; or a scorer
     measures: Sequence[str] = (),  # names of `MEASURES`
     device: str = "auto",  # auto, cpu, cuda
+    ranks: Ranks | None = None,  # processes that share the work, each looking at its part of the real pictures
+    painters: Sequence[nn.Module] = (),  # networks that make room while real pictures are looked at
 ) -> Panel:  # ready; real pictures have been looked at
     "Call the judges together. Raises `SettingsError` for a judge that does not exist or lacks its weights."
     where, words = choose_device(device), extractors
@@ -379,10 +384,16 @@ def make_panel(
         networks.append(scorer.model)
     panel = Panel(chosen, {}, functions, about or (reference.name if reference is not None else "none"), networks, where)
     if reference is not None:
-        with called_to(where, *networks):
-            panel.references = {e.name: torch.cat([*Gallery(reference, reference_size, e, reference_images)]) for e in chosen}
+        with taking_turns(where, painters, networks):
+            panel.references = {e.name: _rows_of(Gallery(reference, reference_size, e, reference_images, ranks=ranks)) for e in chosen}
         panel.about += f", {reference_images and len(next(iter(panel.references.values()), []))} pictures at {reference_size} px"
     return panel
+
+# %% ../nbs/68_evaluation.ipynb #aab8a422
+def _rows_of(gallery: Gallery) -> Tensor:
+    "All vectors of a gallery, from all processes."
+    own = [*gallery]
+    return torch.cat(own if gallery.ranks is None else [piece for part in gallery.ranks.gather(own) for piece in part])
 
 # %% ../nbs/68_evaluation.ipynb #63d3ba3a
 @contextmanager
@@ -400,6 +411,30 @@ def called_to(
         for network, place in zip(networks, places):
             network.to(place)
 
+
+@contextmanager
+def taking_turns(
+    device: torch.device,  # where both work
+    painters: Sequence[nn.Module],  # they lie there, and wait on the CPU meanwhile; sharded ones stay where they are
+    judges: Sequence[nn.Module],  # they lie on the CPU, and are called for the block
+) -> Iterator[None]:
+    "Painters make room for judges on a GPU; afterwards all are where they were, with the same parameters, also after an error."
+    on_gpu = device.type != "cpu"
+    with moved_off(*(p for p in painters if on_gpu and not is_sharded(p))), called_to(device, *judges if on_gpu else ()):
+        yield
+
+# %% ../nbs/68_evaluation.ipynb #f3b56d96
+def in_turns(
+    count: int,  # of parts
+    make: Callable[[int], Any],  # number of a part → the part, picklable
+    ranks: Ranks | None = None,  # processes that share the work; None: this one alone
+) -> Iterator[Any]:  # all parts in order, in every process
+    "Parts of a piece of work, each made by one process. Raises `PeerLost` when another process fails."
+    rank, world = (0, 1) if ranks is None else (ranks.rank, ranks.world)
+    for first in range(0, count, world):
+        made = make(first + rank) if first + rank < count else None
+        yield from [made] if ranks is None else ranks.gather(made)[: count - first]
+
 # %% ../nbs/68_evaluation.ipynb #4e2c9ba8
 def _judge_part(candidate: Candidate, questions: Sequence[Question], panel: Panel, shown: int) -> dict[str, Tensor]:
     "Draw one part and look at it: rows of features, numbers, and the pictures that will be shown."
@@ -407,8 +442,7 @@ def _judge_part(candidate: Candidate, questions: Sequence[Question], panel: Pane
     if len(images) != len(questions):
         raise DataError(f"{candidate.name} answered {len(questions)} questions with {len(images)} pictures")
     found: dict[str, Tensor] = {}
-    on_gpu = panel.device.type != "cpu"
-    with moved_off(*candidate.networks if on_gpu else ()), called_to(panel.device, *panel.networks if on_gpu else ()):
+    with taking_turns(panel.device, candidate.networks, panel.networks):
         for extract in panel.extractors:
             found[f"rows {extract.name}"] = extract(images)
             if extract.logits is not None:
@@ -451,22 +485,28 @@ def judge(
     shown: int = 32,  # pictures kept for figures
     seconds: float | None = None,  # begin no further part after this time; None: answer everything
     told: Callable[[int, int], None] | None = None,  # told how many are done, of how many
+    ranks: Ranks | None = None,  # processes that share the parts
 ) -> Card:  # its scores
     "Draw, look, and score one candidate. Raises `DataError` for what are no pictures."
     if candidate.check is not None:
         candidate.check(questions)
     began, done, found = time.monotonic(), 0, list[dict[str, Tensor]]()
-    for at in range(0, len(questions), part):
-        some = list(questions[at : at + part])
-        key = hashlib.sha256(json.dumps([candidate.key, panel.key, shown, [[q.prompt, q.seed] for q in some]]).encode()).hexdigest()
+    parts = [list(questions[at : at + part]) for at in range(0, len(questions), part)]
+
+    def made(turn: int) -> dict[str, Tensor] | None:
+        key = hashlib.sha256(json.dumps([candidate.key, panel.key, shown, [[q.prompt, q.seed] for q in parts[turn]]]).encode()).hexdigest()
         path = Path(folder) / f"part-{key[:16]}.safetensors" if folder is not None else None
         there = _read_part(path, key) if path is not None else None
-        if there is None and found and seconds is not None and time.monotonic() - began > seconds:
-            break
-        if there is None:
-            there = _judge_part(candidate, some, panel, shown)
+        late = turn >= (1 if ranks is None else ranks.world) and seconds is not None and time.monotonic() - began > seconds
+        if there is None and not late:
+            there = _judge_part(candidate, parts[turn], panel, shown)
             if path is not None:
                 atomic_write(path, save(there, {"key": key}))
+        return there
+
+    for some, there in zip(parts, in_turns(len(parts), made, ranks)):
+        if there is None:
+            break
         found.append(there)
         done += len(some)
         if told:
@@ -520,6 +560,7 @@ def evaluate(
     shown: int = 32,  # pictures of each kept for figures
     seconds: float | None = None,  # for each candidate
     told: Callable[[str, int, int], None] | None = None,  # told who, how many, of how many
+    ranks: Ranks | None = None,  # processes that share the drawing; the first alone writes scores and pictures
     **drawing: Any,  # keywords of `open_album`: device, precision, sampler, steps, guidance …
 ) -> Evaluation:  # a card for each
     "Scorecards of models on the same prompts and seeds. Raises `SettingsError` or `DataError`; what is finished is kept for the next start."
@@ -530,7 +571,7 @@ def evaluate(
         candidate = each if isinstance(each, Candidate) else open_candidate(each, **drawing)
         name = candidate.name if candidate.name not in [c.name for c in cards] else f"{candidate.name} ({len(cards) + 1})"
         report = None if told is None else (lambda done, of, name=name: told(name, done, of))
-        card = judge(candidate, questions, panel, parts, part=part, shown=shown, seconds=seconds, told=report)
+        card = judge(candidate, questions, panel, parts, part=part, shown=shown, seconds=seconds, told=report, ranks=ranks)
         cards.append(replace(card, name=name))
         del candidate
     first = cards[0]
@@ -539,7 +580,7 @@ def evaluate(
         prompts = [q.prompt for q in card.questions[:n]]
         card.scores |= {f"wins.{m}": win_rate(card.values[m][:n], first.values[m][:n], f"{m} against {first.name}", prompts) for m in card.values}
     found = Evaluation(cards, list(questions), panel.about)
-    if folder is not None and parts is not None:
+    if folder is not None and parts is not None and (ranks is None or ranks.rank == 0):
         _write(found, Path(folder))
         shutil.rmtree(parts, ignore_errors=True)
     return found

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from .config import SettingsError, nearest
 from .data import DataError, Picture, caption_grid
-from .neighbours import Gallery, duplicates, neighbours
+from .neighbours import Gallery, Neighbours, duplicates, merge_neighbours, neighbours
+from .processes import Ranks
 from .randomness import normal, permute
 from .scores import share_score
 
@@ -54,12 +55,25 @@ def _some(training: _Pictures, index: Tensor) -> Tensor:
     return training[index] if isinstance(training, Tensor) else training.vectors(index.tolist())
 
 
+def _shown(training: _Pictures, index: Tensor) -> Tensor:
+    "The pictures of a few of them."
+    return training[index] if isinstance(training, Tensor) else training.pictures(index.tolist())[0]
+
+
 def _count(training: _Pictures) -> int:
     "How many there are; a gallery has to be read for that."
-    if not isinstance(training, Tensor) and not training.places:
-        for _ in training:
-            pass
-    return len(training) if isinstance(training, Tensor) else len(training.places)
+    return len(training) if isinstance(training, Tensor) else training.count()
+
+
+def _company(training: _Pictures) -> Ranks | None:
+    "The other processes that go through a training set, if there are any."
+    ranks = None if isinstance(training, Tensor) else training.ranks
+    return None if ranks is None or ranks.alone else ranks
+
+
+def _what(training: _Pictures) -> str:
+    "What is compared, where it is not pixels, for a protocol."
+    return "" if isinstance(training, Tensor) or training.space == "pixels" else f", in {training.space}"
 
 
 def _comparable(images: Tensor, training: _Pictures, needed: int) -> None:
@@ -76,18 +90,23 @@ def different(
 ) -> Tensor:  # int64, places of those that repeat no earlier one
     "A training set without its copies. Raises `DataError` for NaN."
     if threshold > 0:
-        return ((first := duplicates(training, threshold)) == torch.arange(len(first))).nonzero()[:, 0]
-    seen, kept, at = set[bytes](), list[int](), 0
-    for piece in _pieces(training):
+        return ((first := duplicates(training if isinstance(training, Tensor) else training.alone(), threshold)) == torch.arange(len(first))).nonzero()[:, 0]
+    looked = training
+    if isinstance(training, Gallery) and training.read is None and training.view is not None:  # two equal pictures may become unequal vectors
+        looked = replace(training, view=None, hold=False)
+    marks = bytearray()
+    for piece in _pieces(looked):
         if bad := (~piece.flatten(1).isfinite()).any(1).nonzero()[:, 0].tolist():
-            raise DataError(f"training picture {at + bad[0]} holds NaN or infinity")
+            raise DataError(f"training picture {len(marks) // 16 + bad[0]} holds NaN or infinity")
         for row in (piece.detach().float().cpu() + 0.0).flatten(1).numpy():  # + 0.0 makes −0 a 0
-            mark = hashlib.blake2b(row.tobytes(), digest_size=16).digest()
-            if mark not in seen:
-                seen.add(mark)
-                kept.append(at)
-            at += 1
-    return torch.tensor(kept, dtype=torch.int64)
+            marks += hashlib.blake2b(row.tobytes(), digest_size=16).digest()
+    if isinstance(training, Gallery) and isinstance(looked, Gallery):
+        training.places, training.captions, training.start = looked.places, looked.captions, looked.start
+    whole = b"".join(ranks.gather(bytes(marks))) if (ranks := _company(training)) else bytes(marks)
+    first_of = dict[bytes, int]()
+    for at in range(0, len(whole), 16):
+        first_of.setdefault(whole[at : at + 16], at // 16)
+    return torch.tensor([*first_of.values()], dtype=torch.int64)
 
 
 def _without_copies(training: _Pictures, wanted: bool) -> tuple[Tensor, _Pictures]:
@@ -113,7 +132,8 @@ def ratio(
     found = neighbours(images, gallery, 2)
     first, second = found.distance.T
     value = torch.where(second > 0, first / second.clamp(min=1e-300), torch.ones_like(first))  # two equal ones: nobody's copy
-    told = f"ratio of the distances to the nearest and the second of {len(kept)} {'different ' if deduplicate else ''}training pictures < {threshold:.3g}"
+    among = f"{len(kept)} {'different ' if deduplicate else ''}training pictures"
+    told = f"ratio of the distances to the nearest and the second of {among} < {threshold:.3g}{_what(training)}"
     return Copies("ratio", value, value < threshold, kept[found.index[:, 0]], told)
 
 # %% ../nbs/66_memorization.ipynb #186e6482
@@ -132,7 +152,7 @@ def carlini_small(
     meant, which = found.index[:, 0].unique(return_inverse=True)
     yardstick = neighbours(_some(gallery, meant), gallery, n, exclude=meant).distance.mean(1)[which]
     value = found.distance[:, 0] / (alpha * yardstick).clamp(min=1e-300)
-    told = f"distance to the nearest of {len(kept)} training pictures < {alpha:g} of the mean distance from that one to its {n} nearest"
+    told = f"distance to the nearest of {len(kept)} training pictures < {alpha:g} of the mean distance from that one to its {n} nearest{_what(training)}"
     return Copies("carlini_small", value, value < 1, kept[found.index[:, 0]], told)
 
 
@@ -162,11 +182,18 @@ def carlini_tiled(
     threshold: float = 0.15,  # largest distance of a copy, at pixels in 0…1
 ) -> Copies:  # value: the tiled distance
     "The largest of 16 tile distances to any training picture. Source: Carlini et al. 2023, sect. 4.2. Raises `DataError`."
+    if images.ndim != 4 or images.shape[1] != 3 or isinstance(training, Gallery) and training.view is not None:
+        what = training.space if isinstance(training, Gallery) else f"vectors {list(images.shape[1:])}"
+        raise DataError(f"tiles are cut out of pictures [N, 3, S, S], not of {what}")
     _comparable(images, training, 1)
     best, index, at = torch.full((len(images),), torch.inf), torch.zeros(len(images), dtype=torch.int64), 0
     for piece in _pieces(training):
         value, place = tile_distances(images, piece).min(1)
         index, best, at = torch.where(value < best, place + at, index), torch.minimum(value, best), at + len(piece)
+    if ranks := _company(training):
+        parts, starts, at = ranks.gather(Neighbours(index[:, None], best.double()[:, None])), ranks.gather(training.start), _count(training)  # type: ignore[union-attr]
+        found = merge_neighbours(parts, starts)
+        best, index = found.distance[:, 0].float(), found.index[:, 0]
     told = f"largest root mean square difference over 16 tiles to the nearest of {at} training pictures < {threshold:g} of 0…1"
     return Copies("carlini_tiled", best.double(), best < threshold, index, told)
 
@@ -213,7 +240,7 @@ def cosine_check(
     threshold: float = 0.99,  # smallest cosine of a copy
 ) -> Copies:  # value: the best cosine
     "Nearest-neighbour cosine. Raises `DataError`."
-    return _by_cosine("cosine_check", images, training, threshold, "pictures")
+    return _by_cosine("cosine_check", images, training, threshold, f"pictures{_what(training)}," if _what(training) else "pictures")
 
 
 def cosine_verdict(
@@ -255,6 +282,8 @@ def copy_method(
 def _judged(name: str, images: Tensor, training: _Pictures, parts: Sequence[int]) -> list[Copies]:
     "One test, on several groups of pictures in one pass over the training set, whose copies are out already."
     options: dict[str, Any] = {"deduplicate": False} if name in ("ratio", "carlini_small") else {}
+    if isinstance(training, Gallery) and COPY_METHODS[name] not in (ratio, carlini_small, carlini_tiled, cosine_check):
+        training = training.alone()  # a test of one's own may go through it as it likes
     whole = COPY_METHODS[name](images, training, **options)
     pieces = zip(*(values.split(list(parts)) for values in (whole.value, whole.copied, whole.index)))
     return [Copies(whole.method, value, copied, index, whole.protocol) for value, copied, index in pieces]
@@ -262,7 +291,7 @@ def _judged(name: str, images: Tensor, training: _Pictures, parts: Sequence[int]
 
 def audit_copies(
     images: Tensor,  # [N, 3, S, S] in −1…1, generated
-    training: Tensor | Gallery,  # [M, 3, S, S]; its copies are taken out once, for all tests
+    training: Tensor | Gallery,  # [M, 3, S, S], its copies are taken out once, for all tests; in a gallery's space everything is compared
     held_out: Tensor | None = None,  # [K, 3, S, S], pictures of the same source that the model never saw; None: no control
     methods: Iterable[str] = ("ratio", "carlini_small", "carlini_tiled", "cosine_check"),  # names of `COPY_METHODS`
     *,
@@ -276,6 +305,7 @@ def audit_copies(
     if (again := _count(training) - len(kept)) > 0:
         notes.append(f"{again} of {_count(training)} training pictures repeat an earlier one and were left out")
     judged = images if held_out is None else torch.cat([images, held_out])
+    judged = gallery.seen(judged) if isinstance(gallery, Gallery) else judged
     for name in methods:
         try:
             found, control = _judged(name, judged, gallery, [len(images), len(judged) - len(images)])
@@ -300,8 +330,9 @@ def perturbation_test(
 ) -> dict[str, dict[float, dict[str, Any]]]:  # test → deviation → score: the share that is found
     "Which noisy copies are still found. Tests that cannot be made are left out. Raises `DataError` for NaN."
     kept, gallery = _without_copies(training, True)
-    some = _some(gallery, torch.arange(min(count, len(kept))))
+    some = _shown(gallery, torch.arange(min(count, len(kept))))
     noisy = torch.cat([some + sigma * normal(seed, f"perturbation {sigma}", range(len(some)), some.shape[1:]) for sigma in sigmas])
+    noisy = gallery.seen(noisy) if isinstance(gallery, Gallery) else noisy
     found: dict[str, dict[float, dict[str, Any]]] = {}
     for name in methods:
         with suppress(DataError):
@@ -318,7 +349,7 @@ def copies_figure(
     "The closest pairs by one test."
     similar = copies.method in ("copy_detection", "cosine_check")
     order = copies.value.argsort(descending=similar)[:count].tolist()
-    partners = _some(training, copies.index[order])
+    partners = _shown(training, copies.index[order])
     width = min(8, len(order))
     pictures: list[Tensor] = []
     texts: list[str] = []

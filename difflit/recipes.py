@@ -1023,6 +1023,14 @@ def _note_scores(job: TrainingJob, what: str, scores: Mapping[str, Mapping[str, 
     return row
 
 
+def _painters(job: TrainingJob) -> list[nn.Module]:
+    "What can make room on the device while judges work: not what is compiled or shared, which remembers where its weights lie."
+    own = [] if job.state.wrapped is not None else [job.state.model]
+    averages = [job.state.ema.model] if next(job.state.ema.model.parameters()).device.type == job.device.type else []
+    coders = [job.encoders.autoencoder] if job.encoders is not None else []
+    return list(dict.fromkeys([*own, *averages, *coders]))
+
+
 def judge_now(
     job: TrainingJob,  # under way
 ) -> dict[str, float]:  # judge/NAME → value
@@ -1032,12 +1040,13 @@ def judge_now(
         known = ["alignment", "all right"] if s.data == "shapes" else []
         real, about = (job.data.train, "training pictures") if job.data.held_out is None else (job.data.held_out, "held-out pictures")
         job.panel = make_panel(s.extractors, real, reference_size=s.image_size, reference_images=2000, about=about, clip=s.clip, measures=known,
-                               device=str(job.device))
+                               device=str(job.device), painters=_painters(job))
     wanted = job.data.prompts[PREVIEWS:] or job.data.prompts
     samples = [wanted[i % len(wanted)] for i in range(s.judge_images)]
     questions = [Question(sample.caption, 20_000 + i, i, i // len(wanted)) for i, sample in enumerate(samples)]
     answer = lambda some: job_pictures(job, [samples[q.place] for q in some], 20_000 + some[0].place)[0]
-    card = judge(Candidate(f"step {job.state.step}", f"step {job.state.step}", answer, step=job.state.step), questions, job.panel, seconds=s.judge_seconds)
+    name = f"step {job.state.step}"
+    card = judge(Candidate(name, name, answer, _painters(job), step=job.state.step), questions, job.panel, seconds=s.judge_seconds)
     return _note_scores(job, "judge", card.scores)
 
 # %% ../nbs/71_recipes.ipynb #866ae251
