@@ -81,7 +81,8 @@ PREEMPTED = 75  # EX_TEMPFAIL: "try again later", which Slurm and LSF can be tol
 
 @app.command("train", rich_help_panel="Begin here")
 def train_command(
-    parameters: Annotated[list[str] | None, typer.Option("-p", "--parameter", metavar="NAME=VALUE", help="a setting, such as preset=emoji; may be repeated")] = None,
+    parameters: Annotated[list[str] | None, typer.Option("-p", "--parameter", metavar="NAME=VALUE",
+                                                         help="a setting, such as lr=1e-4 or preset=emoji; may be repeated")] = None,
     file: Annotated[str | None, typer.Option("-f", "--file", metavar="FILE", help="a YAML file of settings")] = None,
     notebook: Annotated[str, typer.Option(help="another run notebook: a name, as for `difflit new`, or a path")] = "train",
 ) -> None:
@@ -306,7 +307,7 @@ def sample_command(
     guidance: Annotated[float | None, typer.Option(help="how closely to follow the prompt; 1 is none, 3 to 8 are usual (default: the model's own)")] = None,
     rescale: Annotated[float | None, typer.Option(min=0, max=1, help="takes back the overexposure of strong guidance; 0.7 is usual (default: 0, none)")] = None,
     interval: Annotated[str | None, typer.Option(help="guide only between these noise levels (sigma), such as 0.3,5 (default: everywhere)")] = None,
-    threshold: Annotated[float | None, typer.Option(min=0, max=1, help="dynamic thresholding at this quantile, 0.995 is usual; in pixels (default: off)")] = None,
+    threshold: Annotated[float | None, typer.Option(min=0, max=1, help="dynamic thresholding at this quantile; 0.995 is usual, for pixels")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="steps of the sampler (default: the model's own)")] = None,
     sampler: Annotated[str | None, typer.Option(help="name of the sampler; `difflit samplers` lists them (default: the model's own)")] = None,
     option: Annotated[list[str] | None, typer.Option("--option", "-o", help="an option of the sampler, such as eta=1; may be repeated")] = None,
