@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-HEAVY = ["torch", "torchvision", "diffusers", "transformers", "open_clip", "accelerate", "peft", "matplotlib", "pandas", "scipy", "sklearn", "optuna", 
+HEAVY = ["torch", "torchvision", "diffusers", "transformers", "open_clip", "accelerate", "peft", "matplotlib", "pandas", "scipy", "sklearn", "optuna",
          "webdataset", "tensorboard", "gradio", "papermill", "IPython", "torchmetrics", "cv2", "pyarrow"]
 CODE = """
 import sys, time
