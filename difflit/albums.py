@@ -167,7 +167,7 @@ def open_album(
                  "control": control, "control_scale": control_scale, "precision": chosen.name, "steer": steer, "watch": watch, **sampling}
     return Album(stage, json.loads(json.dumps(says)), arguments)
 
-
+# %% ../nbs/59_albums.ipynb #5510cfa5
 def _bytes(path: str | Path) -> bytes:
     "Of a picture that is shown"
     try:

@@ -49,7 +49,8 @@ from .runs import _choose_path, next_report, read_status, run_notebook
 
 # %% ../nbs/89_cli.ipynb #11905940
 app = typer.Typer(
-    help="A text-to-image diffusion lab that you read, run and submit as notebooks.",
+    help="A text-to-image diffusion lab that you read, run and submit as notebooks.\n\n"
+    "Begin with `difflit train -p preset=shapes`, then `difflit sample runs/… --prompt \"a red circle\"`; `difflit app` opens a page that draws.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -137,8 +138,9 @@ PREEMPTED = 75  # EX_TEMPFAIL: "try again later", which Slurm and LSF can be tol
 
 @app.command("train", rich_help_panel="Begin here")
 def train_command(
-    parameters: Annotated[list[str] | None, typer.Option("-p", "--parameter", metavar="NAME=VALUE", help="a setting, such as lr=1e-4; may be repeated")] = None,
-    file: Annotated[str | None, typer.Option("-f", "--file", help="a YAML file of settings")] = None,
+    parameters: Annotated[list[str] | None, typer.Option("-p", "--parameter", metavar="NAME=VALUE",
+                                                         help="a setting, such as lr=1e-4 or preset=emoji; may be repeated")] = None,
+    file: Annotated[str | None, typer.Option("-f", "--file", metavar="FILE", help="a YAML file of settings")] = None,
     notebook: Annotated[str, typer.Option(help="another run notebook: a name, as for `difflit new`, or a path")] = "train",
 ) -> None:
     "Train a model: run nbs/train.ipynb in a new folder below runs/, and keep the executed notebook there as report.ipynb."
@@ -197,7 +199,7 @@ class _Runs(TyperGroup):
         return super().parse_args(ctx, args if told else ["list", *args])
 
 
-runs = typer.Typer(help="What runs there are, and how they compare.", cls=_Runs, no_args_is_help=False)
+runs = typer.Typer(help="List, compare and keep runs. Alone: the table of the runs below runs/.", cls=_Runs, no_args_is_help=False)
 app.add_typer(runs, name="runs", rich_help_panel="Begin here")
 
 # %% ../nbs/89_cli.ipynb #bbb6db95
@@ -212,7 +214,7 @@ def _ask(scheduler: str, ids: list[str]) -> dict[str, str]:
 def runs_command(
     root: Annotated[str, typer.Argument(help="the folder that holds run directories and sweeps")] = "runs",
     one: Annotated[str | None, typer.Option(help="show this run directory alone, with its scores")] = None,
-    where: Annotated[list[str] | None, typer.Option("-w", "--where", help="only those for which this holds: 'status=failed lr>1e-4'; repeatable")] = None,
+    where: Annotated[list[str] | None, typer.Option("-w", "--where", help="only runs for which this holds: 'status=failed lr>1e-4'; repeatable")] = None,
     sort: Annotated[str | None, typer.Option(help="order by a column, a setting or a score (default: newest first)")] = None,
     reverse: Annotated[bool, typer.Option("--reverse", help="largest first")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="as CSV, with all settings that vary and all scores")] = False,
@@ -329,7 +331,7 @@ def runs_unpack_command(
 def evaluate_command(
     models: Annotated[list[str] | None, typer.Argument(help="runs, checkpoints, names, folders of pictures; others are compared with the first")] = None,
     parameters: Annotated[list[str] | None, typer.Option("-p", "--parameter", metavar="NAME=VALUE", help="a setting, as name=value; may be repeated")] = None,
-    file: Annotated[str | None, typer.Option("-f", "--file", help="a YAML file of settings")] = None,
+    file: Annotated[str | None, typer.Option("-f", "--file", metavar="FILE", help="a YAML file of settings")] = None,
     notebook: Annotated[str, typer.Option(help="the run notebook, by name or path")] = "evaluate",
 ) -> None:
     "Score one or several models on the same prompts with the same seeds; the report is a notebook."
@@ -341,7 +343,7 @@ def evaluate_command(
 def audit_command(
     model: Annotated[str | None, typer.Argument(help="a run, a checkpoint, a name, or a folder of pictures that it drew")] = None,
     parameters: Annotated[list[str] | None, typer.Option("-p", "--parameter", metavar="NAME=VALUE", help="a setting, as name=value; may be repeated")] = None,
-    file: Annotated[str | None, typer.Option("-f", "--file", help="a YAML file of settings")] = None,
+    file: Annotated[str | None, typer.Option("-f", "--file", metavar="FILE", help="a YAML file of settings")] = None,
     notebook: Annotated[str, typer.Option(help="the run notebook, by name or path")] = "audit",
 ) -> None:
     "Does a model copy its training pictures? Draw, compare with what it was trained on, and leave a report."
@@ -361,14 +363,14 @@ def sample_command(
     seed: Annotated[int, typer.Option(min=0, help="seed of the first picture; the next ones have the next numbers")] = 0,
     format: Annotated[str, typer.Option(help="png or jpg")] = "png",
     batch: Annotated[int, typer.Option(min=1, help="pictures at a time")] = 16,
-    guidance: Annotated[float | None, typer.Option(help="classifier-free guidance; 1 is none (default: the model's own)")] = None,
-    rescale: Annotated[float | None, typer.Option(min=0, max=1, help="guidance without overexposure, 0.7 is usual (default: 0, none)")] = None,
-    interval: Annotated[str | None, typer.Option(help="lowest and highest sigma with guidance, such as 0.3,5 (default: everywhere)")] = None,
-    threshold: Annotated[float | None, typer.Option(min=0, max=1, help="quantile of dynamic thresholding, 0.995 is usual; for pixels (default: none)")] = None,
+    guidance: Annotated[float | None, typer.Option(help="how closely to follow the prompt; 1 is none, 3 to 8 are usual (default: the model's own)")] = None,
+    rescale: Annotated[float | None, typer.Option(min=0, max=1, help="takes back the overexposure of strong guidance; 0.7 is usual (default: 0, none)")] = None,
+    interval: Annotated[str | None, typer.Option(help="guide only between these noise levels (sigma), such as 0.3,5 (default: everywhere)")] = None,
+    threshold: Annotated[float | None, typer.Option(min=0, max=1, help="dynamic thresholding at this quantile; 0.995 is usual, for pixels")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="steps of the sampler (default: the model's own)")] = None,
     sampler: Annotated[str | None, typer.Option(help="name of the sampler; `difflit samplers` lists them (default: the model's own)")] = None,
     option: Annotated[list[str] | None, typer.Option("--option", "-o", help="an option of the sampler, such as eta=1; may be repeated")] = None,
-    spacing: Annotated[str | None, typer.Option(help="trailing, karras, fast27, 10,10,3,2,2 … (default: the model's own)")] = None,
+    spacing: Annotated[str | None, typer.Option(help="where the steps lie: trailing, karras, fast27, 10,10,3,2,2 … (default: the model's own)")] = None,
     upsampler: Annotated[str | None, typer.Option(help="a second difflit model that enlarges the pictures, such as upsample (64 → 256)")] = None,
     enlarger: Annotated[list[str] | None, typer.Option(help="a further network that enlarges: swin2sr-x2, swin2sr-x4, or a folder; may be repeated")] = None,
     factor: Annotated[int | None, typer.Option(min=1, help="by how much --enlarger enlarges (default: its own)")] = None,
@@ -383,7 +385,7 @@ def sample_command(
     rank_weights: Annotated[str, typer.Option(help="its weights: a file, or a tag of open_clip")] = "openai",
     clip: Annotated[str | None, typer.Option(help="a CLIP (preset noised-clip or clean-clip) that steers towards the prompt")] = None,
     clip_scale: Annotated[float | None, typer.Option(help="how strongly it steers (default: 300 for a noised CLIP, 3000 for a clean one)")] = None,
-    part: Annotated[str | None, typer.Option(help="share of the work, such as 2/4: the second of four (default: by torchrun or Slurm, else all)")] = None,
+    part: Annotated[str | None, typer.Option(help="our share of the work, such as 2/4: the second of four (default: by torchrun or Slurm, else all)")] = None,
     again: Annotated[str | None, typer.Option(help="a picture made by difflit: draw it once more, from what is written in the file")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16")] = "auto",
@@ -570,7 +572,7 @@ def average_command(
     typer.echo(f"{out}: the average of width {width:g}; difflit sample {out} --prompt …")
 
 # %% ../nbs/89_cli.ipynb #34afe9c8
-shards = typer.Typer(help="WebDataset tars: index, verify, select, write, repack, stage.", no_args_is_help=True)
+shards = typer.Typer(help="Data sets in tars (WebDataset): index, check, choose, make, shrink, copy.", no_args_is_help=True)
 app.add_typer(shards, name="shards", rich_help_panel="Data and models")
 Paths = Annotated[list[str], typer.Argument(help="tars, folders of tars, globs, braces {000..123}, http:// or s3:// addresses")]
 TarLayout = Annotated[str, typer.Option(help="auto, laion, alamy, synthetic, or endings such as jpg;png,txt,json")]
@@ -683,7 +685,7 @@ def shards_stage_command(
     typer.echo("\n".join(str(path) for path in stage(paths, out, progress=sys.stderr.isatty()).paths))
 
 # %% ../nbs/89_cli.ipynb #1c036610
-caches = typer.Typer(help="Latents and text embeddings: fill, show, verify, prune, import, export.", no_args_is_help=True)
+caches = typer.Typer(help="What encoders say of pictures and captions, computed once: fill, show, verify, prune, import, export.", no_args_is_help=True)
 app.add_typer(caches, name="cache", rich_help_panel="Data and models")
 Cache = Annotated[str, typer.Argument(help="folder of the cache")]
 
@@ -691,7 +693,7 @@ Cache = Annotated[str, typer.Argument(help="folder of the cache")]
 @caches.command("fill")
 def cache_fill_command(
     parameters: Annotated[list[str] | None, typer.Option("-p", "--parameter", metavar="NAME=VALUE", help="a setting, as name=value; may be repeated")] = None,
-    file: Annotated[str | None, typer.Option("-f", "--file", help="a YAML file of settings; one for training will do")] = None,
+    file: Annotated[str | None, typer.Option("-f", "--file", metavar="FILE", help="a YAML file of settings; one for training will do")] = None,
     what: Annotated[str, typer.Option(help="all, pictures or text")] = "all",
     again: Annotated[bool, typer.Option("--again", help="try what is known to be bad once more")] = False,
 ) -> None:
@@ -795,7 +797,7 @@ def cache_prune_command(
     dry_run: Annotated[bool, typer.Option("-n", "--dry-run", help="only say what would go")] = False,
     check: Annotated[bool, typer.Option("--check", help="read every byte to find what is damaged")] = False,
     store: Annotated[str | None, typer.Option(help="remove this whole store, by its name in `cache show`")] = None,
-    forget: Annotated[list[str] | None, typer.Option(help="how the digest of a data set in `cache show` begins: it counts no more; may be repeated")] = None,
+    forget: Annotated[list[str] | None, typer.Option(help="a data set that is no longer needed, by the first letters of its digest in `cache show`")] = None,
     older_than: Annotated[float | None, typer.Option(min=0, help="days: data sets that were not used for so long count no more")] = None,
 ) -> None:
     "Remove what no data set asks for, and what is damaged. Says what would go; nothing goes without --yes."
@@ -908,7 +910,7 @@ def new_command(
 
 @app.command("presets", rich_help_panel="Begin here")
 def presets_command() -> None:
-    "List the presets: what each trains, on what, for how long."
+    "List the presets: what each trains, on what hardware, for how long."
     for name, function in PRESETS.items():
         text = " ".join((function.__doc__ or "").split())
         typer.echo(f"{name:{max(map(len, PRESETS))}} {text}")
@@ -921,26 +923,26 @@ def _run_path(notebook: str) -> Path:
 
 @app.command("submit", rich_help_panel="Clusters")
 def submit_command(
-    words: Annotated[list[str] | None, typer.Argument(help="the run notebook, by path or name; behind it more of --sweep: seed=1..3")] = None,
+    words: Annotated[list[str] | None, typer.Argument(help="the run notebook (train, evaluate …) or its path; behind it more of --sweep: seed=1..3")] = None,
     parameters: Annotated[list[str] | None, typer.Option("-p", "--parameter", metavar="NAME=VALUE", help="a setting, as name=value; may be repeated")] = None,
-    file: Annotated[str | None, typer.Option("-f", "--file", help="a YAML file of settings")] = None,
+    file: Annotated[str | None, typer.Option("-f", "--file", metavar="FILE", help="a YAML file of settings")] = None,
     sweep: Annotated[list[str] | None, typer.Option(help="values of a setting: lr=1e-4,3e-4 or seed=1..3 (semicolons where values have commas)")] = None,
     ablations: Annotated[str | None, typer.Option(help="a YAML file of named runs and a grid")] = None,
     chain: Annotated[str | None, typer.Option(help="a YAML file of notebooks that follow one another")] = None,
     again: Annotated[str | None, typer.Option(help="submit what is missing or failed of this sweep or run")] = None,
-    profile: Annotated[str | None, typer.Option(help="of a cluster, from clusters.yaml (default: the scheduler that is installed here)")] = None,
+    profile: Annotated[str | None, typer.Option(help="which cluster; `difflit clusters` lists them (default: the scheduler that is installed here)")] = None,
     profiles: Annotated[str | None, typer.Option(help="a file of profiles in place of the usual ones")] = None,
     scheduler: Annotated[str | None, typer.Option(help="slurm, lsf, pbs, sge or local, in place of the profile's")] = None,
-    gpus: Annotated[int | None, typer.Option(min=0, help="on each node (default: 1 if the profile names a type of GPU)")] = None,
-    nodes: Annotated[int | None, typer.Option(min=1, help="of each run")] = None,
+    gpus: Annotated[int | None, typer.Option(min=0, help="GPUs on each node (default: 1 if the profile names a type of GPU)")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="nodes of each run")] = None,
     time: Annotated[str | None, typer.Option(help="limit of each run: 24:00:00, 90m (default: the profile's)")] = None,
     max_parallel: Annotated[int | None, typer.Option(min=1, help="runs of a sweep at a time")] = None,
     after: Annotated[list[str] | None, typer.Option(help="a job that must have ended well before; may be repeated")] = None,
-    requeues: Annotated[int | None, typer.Option(min=0, help="after pre-emption or the time limit, at most (default: 10)")] = None,
+    requeues: Annotated[int | None, typer.Option(min=0, help="how often a stopped job is queued again, at most (default: 10)")] = None,
     out: Annotated[str | None, typer.Option(help="the run directory, or the sweep's folder (default: runs/<time>-<preset>)")] = None,
     dry_run: Annotated[bool, typer.Option("-n", "--dry-run", help="show what would be done, and the script; write nothing")] = False,
     check: Annotated[bool, typer.Option(help="look whether models, data, environment and room are there")] = True,
-    wait: Annotated[bool, typer.Option("--wait", help="until all runs have ended; exit code 1 if one is not done")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="stay until all runs have ended; exit code 1 if one is not done")] = False,
 ) -> None:
     "Run a notebook as jobs of a cluster, once, as a sweep or as a chain. Everything that can be checked is, before anything is queued."
     from difflit import submission
@@ -1009,10 +1011,10 @@ def clusters_command(
 @app.command("search", rich_help_panel="Clusters")
 def search_command(
     space: Annotated[list[str] | None, typer.Argument(help="what varies: lr=1e-5..1e-3:log batch_size=32,64, or a YAML file")] = None,
-    fixed: Annotated[list[str] | None, typer.Option("--with", help="a setting of all trials, as name=value, or a YAML file; may be repeated")] = None,
-    trials: Annotated[int | None, typer.Option(min=1, help="how many are to come to an end")] = None,
-    parameters: Annotated[list[str] | None, typer.Option("-p", "--parameter", help="a setting of the search, as name=value; may be repeated")] = None,
-    file: Annotated[str | None, typer.Option("-f", "--file", help="a YAML file of settings of the search")] = None,
+    fixed: Annotated[list[str] | None, typer.Option("--with", help="a setting that all trials share, as name=value, or a YAML file; may be repeated")] = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="how many runs to finish")] = None,
+    parameters: Annotated[list[str] | None, typer.Option("-p", "--parameter", metavar="NAME=VALUE", help="a setting of the search, not of its runs")] = None,
+    file: Annotated[str | None, typer.Option("-f", "--file", metavar="FILE", help="a YAML file of settings of the search")] = None,
     notebook: Annotated[str, typer.Option(help="the run notebook of the search, by name or path")] = "search",
 ) -> None:
     "Let a search choose settings (optuna). Each trial is a run of its own below the search's folder; best.yaml holds what was found."

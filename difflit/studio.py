@@ -171,6 +171,13 @@ class _Loader:
             self._at_work = entry is not None
             return entry
 
+# %% ../nbs/80_studio.ipynb #610ef714
+def _changed(path: Path) -> int:
+    "When a file, or a folder's description, was written; 0 for a name"
+    with suppress(OSError):
+        return (path / "config.json" if path.is_dir() else path).stat().st_mtime_ns
+    return 0
+
 # %% ../nbs/80_studio.ipynb #380bd639
 class Shelf:
     "Loaded models, the least recently used given away first."
@@ -227,13 +234,6 @@ class Shelf:
 
     def __len__(self) -> int:
         return len(self._kept)
-
-
-def _changed(path: Path) -> int:
-    "When a file, or a folder's description, was written; 0 for a name"
-    with suppress(OSError):
-        return (path / "config.json" if path.is_dir() else path).stat().st_mtime_ns
-    return 0
 
 # %% ../nbs/80_studio.ipynb #7365cb9c
 MOST_LETTERS = 1000  # of a prompt

@@ -92,3 +92,19 @@ def test_a_link_to_a_missing_file_is_told(site):
     assert whole.resolve("../hpc/slurm.sh", page).endswith("/blob/main/hpc/slurm.sh") and not whole.broken
     whole.resolve("99_none.ipynb", page)
     assert whole.broken == ["nbs/40_diffusion.ipynb: 99_none.ipynb leads nowhere"]
+
+
+def test_quarto_finds_what_it_is_told_of():
+    """For those who have Quarto: the files that its project names exist, and it says of the project what settings.ini says."""
+    import configparser
+
+    import yaml
+
+    project = yaml.safe_load((ROOT / "nbs" / "_quarto.yml").read_text(encoding="utf-8"))
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "settings.ini", encoding="utf-8")
+    said, site = settings["DEFAULT"], project["website"]
+    named = [*project["metadata-files"], project["format"]["html"]["css"]]
+    assert all((ROOT / "nbs" / name).is_file() for name in named), named
+    assert (site["title"], site["description"], site["repo-url"]) == (said["title"], said["description"], said["git_url"])
+    assert site["site-url"] == said["doc_host"] + said["doc_baseurl"] and project["project"]["output-dir"] == said["doc_path"]
