@@ -80,7 +80,7 @@ def launcher(
         raise SettingsError(f"there is no launcher {name!r}; there is {', '.join(sorted(there))}")
     return there[name]
 
-# %% ../nbs/89_cli.ipynb #new1
+# %% ../nbs/89_cli.ipynb #8b2aa008
 def how_far(
     path: str | Path,  # a run directory
 ) -> str | None:  # None before anything is known

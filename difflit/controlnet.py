@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FORMS', 'FUSIONS', 'edges', 'one_hot', 'coloured', 'ControlConfig', 'parse_control', 'control_of', 'control_picture',
-           'sample_control', 'Fusion', 'scaled', 'ControlledGlideConfig', 'ControlledGlide', 'control_glide',
-           'ControlledLatentConfig', 'latent_widths', 'ControlledLatent', 'control_latent', 'base_digest',
-           'as_controlnet', 'save_control', 'load_control', 'requested_layout', 'drawn_layout', 'layout_iou',
-           'scene_iou']
+           'sample_control', 'control_shown', 'Fusion', 'scaled', 'ControlledGlideConfig', 'ControlledGlide',
+           'control_glide', 'ControlledLatentConfig', 'latent_widths', 'ControlledLatent', 'control_latent',
+           'base_digest', 'as_controlnet', 'save_control', 'load_control', 'requested_layout', 'drawn_layout',
+           'layout_iou', 'scene_iou']
 
 # %% ../nbs/32_controlnet.ipynb #d58e68a0
 import colorsys
@@ -206,6 +206,17 @@ def sample_control(
     if config.signal not in besides:
         raise DataError(f"sample {sample.id} has no {config.signal!r} for the control branch{nearest(config.signal, besides) if besides else ''}")
     return control_picture(besides[config.signal], config, size)
+
+# %% ../nbs/32_controlnet.ipynb #67e3c36b
+def control_shown(
+    control: Tensor,  # [B, channels, H, W] in −1…1
+    config: ControlConfig,  # of the branch that sees it
+) -> Tensor:  # [B, 3, H, W] in −1…1
+    "Controls as people see them: a colour for each class, grey for one channel, of many the first three."
+    if config.form == "one-hot":
+        value, label = control.max(1)
+        return coloured(torch.where(value > 0, label, UNKNOWN), config.classes)
+    return control[:, :3] if control.shape[1] >= 3 else control[:, :1].expand(-1, 3, -1, -1)
 
 # %% ../nbs/32_controlnet.ipynb #d7256836
 def _labels_of(picture: Image.Image, classes: int, size: int) -> Tensor:

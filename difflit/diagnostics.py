@@ -22,7 +22,7 @@ from .data import Picture
 from .models import parts_of, select_parameters
 
 # %% ../nbs/39_diagnostics.ipynb #bd84fdf7
-_PARTS = ("text", "time", "input", "down", "middle", "up", "output", "last")  # of GLIDE and of latent networks; the first that claims a parameter has it
+_PARTS = ("text", "time", "input", "down", "middle", "up", "output", "last", "control")  # the first that claims a parameter has it
 
 
 def _by_name(sizes: Mapping[str, int], most: int) -> dict[str, list[str]]:

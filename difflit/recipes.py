@@ -84,8 +84,8 @@ from difflit.autoencoder import (
 from .checkpoints import best_checkpoint
 from .config import resolve
 from difflit.controlnet import (
-    ControlConfig, ControlledGlide, ControlledLatent, control_glide, control_latent, control_of, latent_widths, load_control, parse_control, sample_control,
-    scene_iou,
+    ControlConfig, ControlledGlide, ControlledLatent, control_glide, control_latent, control_of, control_shown, latent_widths, load_control, parse_control,
+    sample_control, scene_iou,
 )
 from .evaluation import Candidate, Question, judge, make_panel
 from .job_data import open_split
@@ -204,6 +204,12 @@ def branch_of(
 ) -> ControlConfig | None:  # None: it has none
     "What a network's control branch sees."
     return model.config.control if isinstance(model, (ControlledGlide, ControlledLatent)) else None
+
+
+def _sees_pictures(model: nn.Module) -> bool:
+    "Whether a control branch sees edges, which are taken from the picture itself."
+    branch = branch_of(model)
+    return branch is not None and branch.form == "edges"
 
 
 def column_of(
@@ -700,13 +706,7 @@ def _note_damaged(run: Run, bad: Damaged) -> int:
         return len(known) + 1
     return len(known)
 
-
-def _sees_pictures(model: nn.Module) -> bool:
-    "Whether a control branch sees edges, which are taken from the picture itself."
-    branch = branch_of(model)
-    return branch is not None and branch.form == "edges"
-
-
+# %% ../nbs/71_recipes.ipynb #bef5b895
 def make_loader(
     run: Run,  # with settings
     source: Source,  # training samples
@@ -876,6 +876,16 @@ def _followed(
     if branch_of(job.state.model) is None:
         return {}
     return {"control": _controls(job, samples), "control_scale": torch.full((len(samples),), job.settings.control_scale)}
+
+
+def _control_rows(job: TrainingJob, samples: Sequence[Sample], images: Tensor) -> dict[str, Tensor]:
+    "What the branch saw, what was drawn by it and without it from the same noise, and the truth."
+    config = branch_of(job.state.model)
+    if config is None:
+        return {}
+    some, size = samples[:8], job.settings.image_size
+    return {"control": control_shown(_controls(job, some), config), "drawn": images[:8], "without": job_pictures(job, some, 10_000, follow=False)[0],
+            "true": whole_pictures(some, size)}
 
 
 def _control_scores(job: TrainingJob, samples: Sequence[Sample], images: Tensor) -> dict[str, Any]:
@@ -1291,7 +1301,7 @@ class Judged:
     shown: dict[str, Tensor] = field(default_factory=dict)  # what the network was shown of the pictures, N rows
     truth: Tensor | None = None  # the pictures themselves, where something of them was shown
     enlarged: Tensor | None = None  # `images` after the run's upsampler
-    rows: dict[str, Tensor] = field(default_factory=dict)  # of an autoencoder: pictures by the name of their row, such as `true` and `made`
+    rows: dict[str, Tensor] = field(default_factory=dict)  # of an autoencoder or a control branch: pictures by the name of their row, `true` among them
 
 
 def _enlarge(job: TrainingJob, images: Tensor, captions: list[str]) -> Tensor | None:
@@ -1352,7 +1362,7 @@ def score_job(
     if job.run.main:
         write_json(job.run.path / "scores.json", scores)
         atomic_write(job.run.path / "samples" / "final.png", caption_grid(images[:32], captions[:32]).png())
-    return Judged(images, captions, scores, shown, truth, _enlarge(job, images[:PREVIEWS], captions[:PREVIEWS]))
+    return Judged(images, captions, scores, shown, truth, _enlarge(job, images[:PREVIEWS], captions[:PREVIEWS]), _control_rows(job, samples, images))
 
 # %% ../nbs/71_recipes.ipynb #f1de6710
 def batch_beside(

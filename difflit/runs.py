@@ -143,7 +143,7 @@ def read_status(
             status["state"], status["reason"] = ("failed", f"rank 0 was killed; {words[0]}") if words else ("dead", "the process is gone without a word")
     return status
 
-# %% ../nbs/03_runs.ipynb #new1
+# %% ../nbs/03_runs.ipynb #0e9aa658
 def _write_status(file: Path, status: Mapping[str, Any]) -> None:
     "Write a status whole or not at all; on a full disk over the old one."
     try:
