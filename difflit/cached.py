@@ -402,7 +402,7 @@ class CachedSource(_Joined):
         pixels = self.decode(moments)[0].detach().float().clamp(-1, 1).add(1).mul(127.5).round().byte().permute(1, 2, 0).cpu().numpy()
         return Sample(Image.fromarray(pixels), self._captions[index], self._ids[index])
 
-
+# %% ../nbs/22_cached.ipynb #c4b7e01a
 def _store_of(source: Source, latents: Sequence[Store], buckets: Sequence[tuple[int, int]] = ()) -> np.ndarray:
     "Which of several shapes each picture is cached in: the one nearest to its own. Raises `CacheError` if that one was never filled."
     if len(latents) == 1 and not buckets:
