@@ -198,7 +198,11 @@ def test_a_numbered_notebook_runs_from_top_to_bottom(lab, page, name):
 
     def saved():
         page.keyboard.press("Control+s")
-        cells = [c for c in json.loads((folder / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code" and c["source"]]
+        try:
+            found = json.loads((folder / f"{name}.ipynb").read_text(encoding="utf-8"))
+        except ValueError:  # it is being written
+            return False
+        cells = [c for c in found["cells"] if c["cell_type"] == "code" and c["source"]]
         wrong = [o for c in cells for o in c["outputs"] if o["output_type"] == "error"]
         assert not wrong, "\n".join(wrong[0]["traceback"])[-2000:]
         return all(c["execution_count"] for c in cells)
