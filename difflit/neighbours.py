@@ -420,7 +420,6 @@ class Gallery(_Reading):
         samples = [self.source[self.places[i]] for i in index]
         return torch.stack([image_tensor(sample.image, self.image_size) for sample in samples]), [sample.caption for sample in samples]
 
-
     def vectors(
         self,
         index: Sequence[int],  # places among those that were handed out
