@@ -236,6 +236,23 @@ def _beat(run: Run) -> None:
         with contextlib.suppress(OSError):
             run.update()
 
+# %% ../nbs/03_runs.ipynb #6be0d11a
+class _RankLog(logging.FileHandler):
+    "A log file that cannot be written, its folder gone or its disk full, is told once on stderr and ends nothing."
+
+    told = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:  # where somebody's logging.config has closed it, this opens it anew, which `FileHandler` does outside its own guard
+            super().emit(record)
+        except OSError:
+            self.handleError(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self.told:
+            print(f"difflit: the log {self.baseFilename} cannot be written: {sys.exc_info()[1]}", file=sys.stderr)
+        self.told = True
+
 # %% ../nbs/03_runs.ipynb #76671551
 _LAST_WORDS = (signal.SIGTERM, signal.SIGUSR2)
 
@@ -282,7 +299,7 @@ def _begin(run: Run) -> None:
         _take_lock(run.path)
         for old in (run.path / "logs").glob("rank-*.failed"):
             old.unlink(missing_ok=True)
-    handler = logging.FileHandler(run.path / "logs" / f"rank-{run.rank}.log")
+    handler = _RankLog(run.path / "logs" / f"rank-{run.rank}.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     run._handler = handler  # type: ignore[attr-defined]
     logger = logging.getLogger("difflit")
