@@ -179,6 +179,7 @@ class Run:
         self._signals: list[tuple[int, Any, Any]] = []
         self._late: int | None = None  # a signal that came while the last state was written
         self._asked = False  # a rank other than 0 has been asked to end
+        self._taken_over = False  # this process has opened the same directory again
         self._skipping, self._said_in, self._cell_ended = "", "", 0.0
 
     @property
@@ -195,7 +196,7 @@ class Run:
         "Change entries of the status (`step`, `steps`, `reason`, …) and write it."
         with self._write_lock:
             self._status.update(entries, heartbeat=time.time())
-            if self.main:
+            if self.main and not self._taken_over:
                 _write_status(self.path / "status.json", self._status)
 
     def note(self, **entries: Any) -> None:
@@ -237,6 +238,9 @@ def _beat(run: Run) -> None:
             run.update()
 
 # %% ../nbs/03_runs.ipynb #6be0d11a
+_RUNS: dict[Path, Run] = {}  # that this process has open
+
+
 class _RankLog(logging.FileHandler):
     "A log file that cannot be written, its folder gone or its disk full, is told once on stderr and ends nothing."
 
@@ -290,9 +294,12 @@ def _give_signals_back(run: Run) -> None:
             signal.signal(number, before)
     run._signals = []
 
-
+# %% ../nbs/03_runs.ipynb #90c1d3ae
 def _begin(run: Run) -> None:
     "Take the directory: lock, status, heartbeat, log file."
+    if (earlier := _RUNS.get(run.path.resolve())) is not None:
+        earlier._taken_over = True  # its heartbeat and its last word must not speak over ours
+        _end(earlier, "taken over", None)
     run.path.mkdir(parents=True, exist_ok=True)
     (run.path / "logs").mkdir(exist_ok=True)
     if run.main:
@@ -302,6 +309,7 @@ def _begin(run: Run) -> None:
     handler = _RankLog(run.path / "logs" / f"rank-{run.rank}.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     run._handler = handler  # type: ignore[attr-defined]
+    _RUNS[run.path.resolve()] = run
     logger = logging.getLogger("difflit")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -326,11 +334,17 @@ def _end(run: Run, state: str, reason: str | None) -> None:
         (run.path / "lock").unlink(missing_ok=True)
     elif state == "failed":
         _speak_for_rank_0(run, reason)
+    _let_go(run)
+    if run._late is not None:
+        os.kill(os.getpid(), run._late)
+
+
+def _let_go(run: Run) -> None:
+    "Of all that a run holds in this process."
     logging.getLogger("difflit").removeHandler(run._handler)  # type: ignore[attr-defined]
     run._handler.close()  # type: ignore[attr-defined]
     _give_signals_back(run)
-    if run._late is not None:
-        os.kill(os.getpid(), run._late)
+    _RUNS.pop(run.path.resolve(), None)
 
 
 def _with_words(run: Run, reason: str | None) -> str | None:
