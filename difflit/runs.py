@@ -168,6 +168,7 @@ class Run:
         preset: str = "",  # for the status
     ):
         self.path, self.kind = Path(path), kind
+        self._home = self.path.resolve()  # whatever the working directory becomes
         self.rank, self.world = rank_and_world()
         self.settings: Any = None
         self.resumed = False
@@ -197,7 +198,7 @@ class Run:
         with self._write_lock:
             self._status.update(entries, heartbeat=time.time())
             if self.main and not self._taken_over:
-                _write_status(self.path / "status.json", self._status)
+                _write_status(self._home / "status.json", self._status)
 
     def note(self, **entries: Any) -> None:
         "Change entries without writing; the next heartbeat carries them. For the hot path."
@@ -274,7 +275,7 @@ def _take_signals(run: Run) -> None:
             again.daemon = True
             again.start()
             return
-        if run.main and _last_words(run.path):  # the launcher ends the processes that are left
+        if run.main and _last_words(run._home):  # the launcher ends the processes that are left
             fail(run, "another process of this run failed")
         finish(run, "preempted", f"{signal.Signals(number).name} outside the training loop")
         signal.signal(number, signal.SIG_DFL)
@@ -297,7 +298,7 @@ def _give_signals_back(run: Run) -> None:
 # %% ../nbs/03_runs.ipynb #90c1d3ae
 def _begin(run: Run) -> None:
     "Take the directory: lock, status, heartbeat, log file."
-    if (earlier := _RUNS.get(run.path.resolve())) is not None:
+    if (earlier := _RUNS.get(run._home)) is not None:
         earlier._taken_over = True  # its heartbeat and its last word must not speak over ours
         _end(earlier, "taken over", None)
     run.path.mkdir(parents=True, exist_ok=True)
@@ -309,7 +310,7 @@ def _begin(run: Run) -> None:
     handler = _RankLog(run.path / "logs" / f"rank-{run.rank}.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     run._handler = handler  # type: ignore[attr-defined]
-    _RUNS[run.path.resolve()] = run
+    _RUNS[run._home] = run
     logger = logging.getLogger("difflit")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -331,7 +332,7 @@ def _end(run: Run, state: str, reason: str | None) -> None:
     logging.getLogger("difflit").info("%s%s", state, f": {reason}" if reason else "")
     run.update(state=state, reason=reason, ended=datetime.now().astimezone().isoformat(timespec="seconds"))
     if run.main:
-        (run.path / "lock").unlink(missing_ok=True)
+        (run._home / "lock").unlink(missing_ok=True)
     elif state == "failed":
         _speak_for_rank_0(run, reason)
     _let_go(run)
@@ -344,23 +345,23 @@ def _let_go(run: Run) -> None:
     logging.getLogger("difflit").removeHandler(run._handler)  # type: ignore[attr-defined]
     run._handler.close()  # type: ignore[attr-defined]
     _give_signals_back(run)
-    _RUNS.pop(run.path.resolve(), None)
+    _RUNS.pop(run._home, None)
 
 
 def _with_words(run: Run, reason: str | None) -> str | None:
     "A reason, and what a rank said that failed before this one and not because of it."
-    said = [f"rank {rank} says: {why}" for rank, why in _last_words(run.path).items() if not why.startswith("PeerLost") and why != reason]
+    said = [f"rank {rank} says: {why}" for rank, why in _last_words(run._home).items() if not why.startswith("PeerLost") and why != reason]
     return "; ".join([reason or "failed", *said[:1]])
 
 
 def _speak_for_rank_0(run: Run, reason: str | None) -> None:
     "A rank that fails leaves a word for rank 0, and if rank 0 was killed says so in its place."
     with contextlib.suppress(OSError, ValueError):
-        status = read_status(run.path) or {}
-        atomic_write(run.path / "logs" / f"rank-{run.rank}.failed", reason or "")
+        status = read_status(run._home) or {}
+        atomic_write(run._home / "logs" / f"rank-{run.rank}.failed", reason or "")
         if status.get("state") == "dead":
-            write_json(run.path / "status.json", status | {"state": "failed", "reason": f"rank 0 was killed; rank {run.rank} says: {reason}"})
-            (run.path / "lock").unlink(missing_ok=True)
+            write_json(run._home / "status.json", status | {"state": "failed", "reason": f"rank 0 was killed; rank {run.rank} says: {reason}"})
+            (run._home / "lock").unlink(missing_ok=True)
 
 
 def _at_exit(run: Run) -> None:
