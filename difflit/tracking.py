@@ -27,14 +27,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import yaml
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from .config import SettingsError, nearest
+from .data import Picture
 from .diffusion import loss_by_bin
 from .files import atomic_write
 
@@ -657,10 +658,11 @@ _PANELS = {"loss": "loss", "lr": "learning rate", "grad_norm": "gradient norm", 
 def curves_figure(
     rows: Sequence[Mapping[str, float]],  # `tracker.rows`
     title: str = "",  # above the figure
-) -> Figure:  # loss, learning rate, gradient norm, speed, memory
+) -> Picture:  # loss, learning rate, gradient norm, speed, memory
     "Loss with validation, learning rate, gradient norm, images per second and memory against the step."
     panels = _PANELS | ({"loss_scale": "loss scale"} if any("loss_scale" in r for r in rows) else {})
-    figure, axes = plt.subplots(1, len(panels), figsize=(2.6 * len(panels), 2.5), dpi=80)
+    figure = Picture(figsize=(2.6 * len(panels), 2.5), dpi=80)
+    axes = figure.subplots(1, len(panels))
     columns = {c: np.array([(r["step"], r[c]) for r in rows if c in r]).reshape(-1, 2).T for c in (*panels, "val_loss", "overflows")}
     window = max(1, len(rows) // 40)
     for axis, (name, label) in zip(axes, panels.items()):
@@ -699,18 +701,19 @@ def _mark_overflows(axis: Any, scale: np.ndarray, overflows: np.ndarray) -> None
 # %% ../nbs/46_tracking.ipynb #f18dbac5
 def loss_bins_figure(
     rows: Sequence[Mapping[str, float]],  # `tracker.rows`
-) -> Figure | None:  # None if the loss was not binned
+) -> Picture | None:  # None if the loss was not binned
     "Training loss by bin of time, over the run and at its end."
     names = sorted({n for row in rows for n in row if n.startswith("loss_bin")}, key=lambda n: int(n[8:]))
     measured = [row for row in rows if any(n in row for n in names)]
     if not measured:
         return None
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.8), dpi=80, gridspec_kw={"width_ratios": [2, 1]})
+    figure = Picture(figsize=(9, 2.8), dpi=80)
+    left, right = figure.subplots(1, 2, width_ratios=[2, 1])
     window = max(1, len(measured) // 15)
     for i, name in enumerate(names):
         steps, values = np.array([(row["step"], row[name]) for row in measured if name in row]).reshape(-1, 2).T
         if len(values):
-            smoothed, colour = smooth(values, window), plt.cm.viridis(0.9 * i / max(1, len(names) - 1))
+            smoothed, colour = smooth(values, window), colormaps["viridis"](0.9 * i / max(1, len(names) - 1))
             left.plot(steps, smoothed, lw=1.2, color=colour, label={0: "image", len(names) - 1: "noise"}.get(i))
             right.bar(i, smoothed[-1], color=colour)
     left.set_yscale("log")
@@ -764,10 +767,11 @@ class LiveView:
         tracker: Tracker,  # whose rows are drawn
         steps: int,  # of the whole run
         first: int = 0,  # the step at which this process began
-        plot_every_seconds: float = 20.0,  # time between two redrawn pictures
+        plot_every_seconds: float = 20.0,  # time between two redrawn pictures; more where drawing takes more than a twentieth of it
     ):
         self.tracker, self.steps, self.first, self.plot_every_seconds = tracker, steps, first, plot_every_seconds
         self.start = self._line_at = self._plot_at = time.perf_counter()
+        self._rest = plot_every_seconds
         self._handles: list[Any] = []
         self._notebook, self._terminal = _in_kernel(), sys.stdout.isatty()
 
@@ -787,12 +791,14 @@ class LiveView:
         if not self._notebook:
             print("\r" + line if self._terminal else line, end="" if self._terminal and not last else "\n", flush=True)
             return
-        plot = last or now - self._plot_at > self.plot_every_seconds or len(self._handles) < 2
+        plot = last or now - self._plot_at > self._rest or len(self._handles) < 2
         figure = curves_figure(self.tracker.rows) if plot and self.tracker.rows else None
-        self._plot_at = now if figure is not None else self._plot_at
         self._display(line, figure)
+        if figure is not None:
+            self._plot_at = time.perf_counter()
+            self._rest = max(self.plot_every_seconds, 20 * (self._plot_at - now))
 
-    def _display(self, line: str, figure: Figure | None) -> None:
+    def _display(self, line: str, figure: Picture | None) -> None:
         "Show or update the two displays."
         from IPython.display import Image, display
 
@@ -802,10 +808,7 @@ class LiveView:
         else:
             self._handles[0].update(text, raw=True)
         if figure is not None:
-            memory = io.BytesIO()
-            figure.savefig(memory, format="png")
-            plt.close(figure)
-            picture = Image(memory.getvalue())  # drawn here: a kernel with a backend that only saves would show its name
+            picture = Image(figure.png())  # drawn here: a kernel with a backend that only saves would show its name
             if len(self._handles) < 2:
                 self._handles.append(display(picture, display_id=True))
             else:

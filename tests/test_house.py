@@ -91,6 +91,12 @@ def test_import_of_the_package_and_settings_is_light():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("module", sorted((ROOT / "difflit").glob("*.py")), ids=lambda p: p.stem)
+def test_no_module_draws_by_pyplot(module):
+    """In a kernel pyplot keeps every figure until its cell ends, and a run trains for days in one cell; `Picture` is kept by nobody."""
+    assert "pyplot" not in re.sub(r'"[^"]*"', "", module.read_text(encoding="utf-8"))
+
+
 @pytest.mark.parametrize("path", NUMBERED, ids=lambda p: p.stem)
 def test_notebook_keeps_the_rhythm(path):
     """Title, subtitle, short export cells, documented and asserted public names, more prose than code."""
