@@ -100,16 +100,15 @@ def told(window, text):
 
 
 def cancel(window, monkeypatch):
-    "Press Cancel until the server has heard of it: a button that is drawn anew between press and release loses the click, and a person presses again."
+    "Press Cancel, and know that the server has heard of it."
     heard, hear = threading.Event(), Desk.cancel
     with monkeypatch.context() as patched:
         patched.setattr(Desk, "cancel", lambda desk, session: (hear(desk, session), heard.set()))
-        for _ in range(3):
-            window.click("#cancel")
-            for _ in range(100):
-                if heard.is_set():
-                    return
-                window.wait_for_timeout(100)
+        window.click("#cancel")
+        for _ in range(PATIENCE // 100):
+            if heard.is_set():
+                return
+            window.wait_for_timeout(100)
     pytest.fail("the page never asked for an end")
 
 
@@ -179,6 +178,7 @@ def test_side_by_side(user, studio):
 
 def test_cancel_while_a_model_is_loaded(user, studio, monkeypatch):
     "The page says so at once and can be used again, although the disk still hangs."
+    studio.shelf._kept.clear()  # whichever model earlier tests drew with
     ready, read = threading.Event(), studio.shelf._load
     monkeypatch.setattr(studio.shelf, "_load", lambda path, device: ready.wait(60) and read(path, device))
     try:
