@@ -198,7 +198,7 @@ class Run:
         with self._write_lock:
             self._status.update(entries, heartbeat=time.time())
             if self.main and not self._taken_over:
-                _write_status(self._home / "status.json", self._status)
+                _write_status(self._home / "status.json", dict(self._status))  # a copy: `note` may add an entry while this is written
 
     def note(self, **entries: Any) -> None:
         "Change entries without writing; the next heartbeat carries them. For the hot path."
