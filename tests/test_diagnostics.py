@@ -115,11 +115,11 @@ def test_counting_leaves_the_random_state():
 
 
 def test_a_peak_is_measured_once_and_above_what_training_reaches():
-    start = time.perf_counter()
+    start = time.process_time()
     peak = peak_flops("cpu", torch.float32)
-    first = time.perf_counter() - start
-    start = time.perf_counter()
-    assert peak_flops("cpu", torch.float32) == peak and time.perf_counter() - start < 0.01 + first / 10
+    first = time.process_time() - start
+    start = time.process_time()
+    assert peak_flops("cpu", torch.float32) == peak and time.process_time() - start < 0.01 + first / 10
     assert 1e9 < peak < 1e14
 
 

@@ -193,7 +193,7 @@ def start(process: subprocess.Popen) -> None:
 
 def test_processes_share_the_work(tmp_path: Path) -> None:
     album(tmp_path / "album", range(120))
-    children = [child(tmp_path) for _ in range(3)]
+    children = [child(tmp_path, seconds=0.1) for _ in range(3)]
     ready(*children)
     for process in children:
         start(process)
@@ -223,7 +223,7 @@ def test_killed_and_resumed(tmp_path: Path, batches: int) -> None:
     source, vae = FolderSource(tmp_path / "album"), Means()
     begun = time.monotonic()
     report = fill_latents(source, tmp_path / "cache", vae, image_size=32, block=8)
-    assert time.monotonic() - begun < 5 and report.there + report.done == 60
+    assert time.monotonic() - begun < 60 and report.there + report.done == 60  # a claim that is only silent would be waited for, ten minutes
     assert report.there >= 4 * (batches - 8)
     torch.testing.assert_close(entries(tmp_path / "cache", vae, source, image_size=32), seen(source, vae), atol=2e-3, rtol=2e-3)
     assert all(store.verify().whole and len(store) == 60 for store in list_stores(tmp_path / "cache"))

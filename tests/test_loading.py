@@ -87,15 +87,13 @@ def test_too_many_damaged_stop_the_run(tars):
 
 def test_far_positions_cost_the_same(tars):
     """The first batch at 0, at a million and at three billion: no replay."""
-    source, took = ShardSource(tars), {}
-    for position in (0, 10**6, 3 * 10**9):
-        tries = []
-        for _ in range(3):
+    source, took = ShardSource(tars), dict.fromkeys((0, 10**6, 3 * 10**9), float("inf"))
+    for _ in range(8):  # the best of several, as the machine may be busy
+        for position in took:
             begin = time.perf_counter()
             with Loader(source, batch_size=16, image_size=16, position=position, bad_samples=0.1) as loader:
                 assert next(loader)["position"][0] == position
-            tries.append(time.perf_counter() - begin)
-        took[position] = min(tries)
+            took[position] = min(took[position], time.perf_counter() - begin)
     assert took[3 * 10**9] < 0.5 and took[3 * 10**9] < 5 * took[0] + 0.05, took
 
 

@@ -591,7 +591,7 @@ def test_two_threads_without_locks(place, tmp_path, monkeypatch):
 
 
 def test_killed_and_started_again(place, tmp_path):
-    process = start(place, tmp_path / "index", 0.7)
+    process = start(place, tmp_path / "index", 2.0)
     deadline = time.time() + 60
     while time.time() < deadline and len(list((tmp_path / "index/parts").glob("*.npz"))) < 1:
         time.sleep(0.02)
