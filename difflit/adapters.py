@@ -11,21 +11,33 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.loaders import StableDiffusionLoraLoaderMixin
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from .config import SettingsError, nearest
 from .glide import _no_autocast, attend, film_norm
+from .late import late
 from .latent import LatentConfig, LatentDenoiser, adapt_text, unused_parameters
+
+if TYPE_CHECKING:
+    from diffusers.loaders import StableDiffusionLoraLoaderMixin
+    from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import get_peft_model_state_dict
+else:
+    StableDiffusionLoraLoaderMixin = late("diffusers.loaders", "StableDiffusionLoraLoaderMixin")
+    Attention = late("diffusers.models.attention_processor", "Attention")
+    AttnProcessor2_0 = late("diffusers.models.attention_processor", "AttnProcessor2_0")
+    UNet2DConditionModel = late("diffusers.models.unets.unet_2d_condition", "UNet2DConditionModel")
+    LoraConfig = late("peft", "LoraConfig")
+    inject_adapter_in_model = late("peft", "inject_adapter_in_model")
+    BaseTunerLayer = late("peft.tuners.tuners_utils", "BaseTunerLayer")
+    get_peft_model_state_dict = late("peft.utils", "get_peft_model_state_dict")
 
 # %% ../nbs/33_adapters.ipynb #a28643ff
 LATENT_PARTS: dict[str, str] = {  # name of a part → pattern to search a parameter's name for

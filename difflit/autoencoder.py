@@ -12,16 +12,21 @@ __all__ = ['ATTENTION', 'AUTOENCODERS', 'kl_config', 'named_config', 'Autoencode
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
 from .config import SettingsError, nearest
 from .data import UNKNOWN
 from .files import atomic_directory, write_json
+from .late import late
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+else:
+    AutoencoderKL = late("diffusers.models.autoencoders.autoencoder_kl", "AutoencoderKL")
 
 # %% ../nbs/25_autoencoder.ipynb #5dba53ff
 ATTENTION = ("none", "middle", "deep")

@@ -15,13 +15,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers.models.controlnets.controlnet import ControlNetModel
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -30,9 +28,17 @@ from .config import SettingsError, nearest
 from .data import UNKNOWN, DataError, Sample, image_tensor, square
 from .files import atomic_directory, read_json, write_json
 from .glide import Glide, GlideConfig, _conv, _inputs, _middle, _paint, _stages_down, _zero
+from .late import late
 from .latent import LatentConfig, LatentDenoiser, _said
 from .sources import BACKGROUNDS, COLOURS, Scene, scene_labels
 from .text import weights_digest
+
+if TYPE_CHECKING:
+    from diffusers.models.controlnets.controlnet import ControlNetModel
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+else:
+    ControlNetModel = late("diffusers.models.controlnets.controlnet", "ControlNetModel")
+    UNet2DConditionModel = late("diffusers.models.unets.unet_2d_condition", "UNet2DConditionModel")
 
 # %% ../nbs/32_controlnet.ipynb #ecf8cb4b
 def _slopes(images: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,19 +15,30 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from .caching import Recipe
 from .config import SettingsError, nearest
 from .files import digest_bytes, read_json
+from .late import late
 from .text import weights_digest
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+else:
+    AutoencoderKL = late("diffusers.models.autoencoders.autoencoder_kl", "AutoencoderKL")
+    UNet2DConditionModel = late("diffusers.models.unets.unet_2d_condition", "UNet2DConditionModel")
+    CLIPTextConfig = late("transformers", "CLIPTextConfig")
+    CLIPTextModel = late("transformers", "CLIPTextModel")
+    CLIPTextModelWithProjection = late("transformers", "CLIPTextModelWithProjection")
+    T5Config = late("transformers", "T5Config")
+    T5EncoderModel = late("transformers", "T5EncoderModel")
 
 # %% ../nbs/31_latent.ipynb #86d1e376
 def latents_of(

@@ -20,23 +20,31 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.loaders.single_file_utils import SingleFileComponentError
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
-from transformers.utils import logging as transformers_logging
 
 from .config import SettingsError, nearest
 from .files import atomic_directory, cache_folder, digest_bytes, read_json, write_json
+from .late import late
 from .latent import (UNETS, Autoencoder, LatentConfig, LatentDenoiser, TextEncoder, diffusion_of, encoder_entry, latent_denoiser, require_numbers,
                             scheduler_config, unet_config)
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+else:
+    AutoencoderKL = late("diffusers.models.autoencoders.autoencoder_kl", "AutoencoderKL")
+    UNet2DConditionModel = late("diffusers.models.unets.unet_2d_condition", "UNet2DConditionModel")
+    CLIPTextModel = late("transformers", "CLIPTextModel")
+    CLIPTextModelWithProjection = late("transformers", "CLIPTextModelWithProjection")
+    CLIPTokenizer = late("transformers", "CLIPTokenizer")
+    T5EncoderModel = late("transformers", "T5EncoderModel")
+    T5Tokenizer = late("transformers", "T5Tokenizer")
 
 # %% ../nbs/34_pipelines.ipynb #c5e7789c
 MODELS: dict[str, tuple[str, str | None]] = {
@@ -278,6 +286,9 @@ def _precision(dtype: str | torch.dtype) -> torch.dtype:
 @contextmanager
 def _quiet() -> Iterator[None]:
     "Neither log lines nor progress bars of diffusers and transformers; their settings are put back."
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
     levels = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
     bars = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
     diffusers_logging.set_verbosity_error()
@@ -407,6 +418,8 @@ def _beside(path: Path, which: str) -> dict[str, Any] | None:
 
 def _from_single_file(kind: Any, path: Path, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
     "diffusers' reader of single files, given the configuration that it would fetch. Raises `SettingsError`."
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
+
     _header(path)
     with tempfile.TemporaryDirectory() as folder, _quiet():
         write_json(Path(folder) / "config.json", {"_class_name": kind.__name__, **config})
@@ -488,7 +501,7 @@ def _encoder_name(model: nn.Module) -> str:
 
 def _load_tokenizer(kind: type[nn.Module], places: Sequence[Path]) -> Any:
     "The tokenizer in the first of some folders that has one. Raises `SettingsError` naming the files that it may be made of."
-    t5 = issubclass(kind, T5EncoderModel)
+    t5 = kind is T5EncoderModel
     sets = [["tokenizer.json"], ["spiece.model"]] if t5 else [["tokenizer.json"], ["vocab.json", "merges.txt"]]
     folder = next((p for p in places if any(all((p / f).is_file() for f in files) for files in sets)), None)
     if folder is None:
@@ -582,7 +595,7 @@ def _single_tokenizer(kind: Any, path: Path) -> Any:
     beside = path.with_suffix("")
     places, usual = [beside / "tokenizer", beside], [n for n in MODELS if n.startswith("t5")]
     missing = SettingsError("")
-    for name in usual if issubclass(kind, T5EncoderModel) else ["clip-l"]:
+    for name in usual if kind is T5EncoderModel else ["clip-l"]:
         try:
             places.append(found := find_model(name))
             places.append(found / "tokenizer")
@@ -591,7 +604,7 @@ def _single_tokenizer(kind: Any, path: Path) -> Any:
     try:
         return _load_tokenizer(kind, places)
     except SettingsError:
-        whose = "one of a T5 or" if issubclass(kind, T5EncoderModel) else "CLIP-L's or"
+        whose = "one of a T5 or" if kind is T5EncoderModel else "CLIP-L's or"
         raise SettingsError(f"{path} brings no tokenizer: put the folder {beside.name}/tokenizer beside it, or take {whose} another; {missing}") from None
 
 

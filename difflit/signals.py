@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from .config import SettingsError, nearest
@@ -23,10 +22,16 @@ from .data import DataError
 from .denoising import Denoiser
 from .diffusion import Diffusion
 from .glide import AttentionBlock, film_norm
+from .late import late
 from .neighbours import Gallery
 from .randomness import permute
 from .sampling import sample
 from .scores import mean_score
+
+if TYPE_CHECKING:
+    from diffusers.models.attention_processor import Attention
+else:
+    Attention = late("diffusers.models.attention_processor", "Attention")
 
 # %% ../nbs/67_signals.ipynb #66d66eaf
 @dataclass(frozen=True)
