@@ -7,6 +7,7 @@ RUN ?= runs/$(shell date +%Y%m%d-%H%M%S)-$(PRESET)
 # Runs of several processes that time each other, a scheduler, browsers: nothing runs beside them
 ALONE := tests/test_many.py tests/test_schedulers.py tests/test_app.py tests/test_jupyterlab.py
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export PYTHONDONTWRITEBYTECODE =  # some set it; hundreds of processes of the tests would compile difflit anew each
 
 .PHONY: help install train test slow bench readme docs clean
 
@@ -37,8 +38,7 @@ train: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/ruff check .
-	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
+	$(BIN)/mypy & types=$$!; OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 && wait $$types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist worksteal --durations 20 $(ALONE:%=--ignore %)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations 10 $(ALONE)
 
