@@ -23,9 +23,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .adapters import LATENT_PARTS, build_latent
+from .autoencoder import AutoencoderConfig, TrainableAutoencoder
 from .config import SettingsError, nearest
+from .controlnet import ControlledGlide, ControlledGlideConfig, ControlledLatent, ControlledLatentConfig
 from .files import join_shards, read_json, verify_manifest
 from .glide import Glide, GlideConfig
+from .latent import LatentConfig
 from .perception import Clip, ClipConfig
 
 # %% ../nbs/35_models.ipynb #4b6545c0
@@ -99,23 +103,7 @@ family("glide", GlideConfig, Glide, {name: re.compile(pattern).search for name, 
 family("clip", ClipConfig, Clip, {part: re.compile(rf"^{part}_encoder\.").match for part in ("text", "image")})
 
 # %% ../nbs/35_models.ipynb #8bc6cb38
-def _register_late(name: str) -> None:
-    "Latent networks and those with a control branch are registered when the first is met: their libraries take seconds to import."
-    late = ("latent", "controlled-glide", "controlled-latent")
-    if name == "autoencoder":
-        _register_autoencoder()
-    if name not in late or all(one in FAMILIES for one in late):
-        return
-    from difflit.adapters import LATENT_PARTS, build_latent
-    from difflit.controlnet import ControlledGlide, ControlledGlideConfig, ControlledLatent, ControlledLatentConfig
-    from difflit.latent import LatentConfig
-
-    family("latent", LatentConfig, build_latent, {part: re.compile(pattern).search for part, pattern in LATENT_PARTS.items()})
-    branch: dict[str, Part] = {"control": re.compile(r"^control\.").match}
-    parts = {base: {part: _outside(belongs) for part, belongs in PARTS[base].items()} | branch for base in ("glide", "latent")}
-    family("controlled-glide", ControlledGlideConfig, ControlledGlide, parts["glide"])
-    build: Callable[[Any], nn.Module] = lambda config: ControlledLatent(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    family("controlled-latent", ControlledLatentConfig, build, parts["latent"])
+family("latent", LatentConfig, build_latent, {part: re.compile(pattern).search for part, pattern in LATENT_PARTS.items()})
 
 
 def _outside(belongs: Part) -> Part:
@@ -123,23 +111,23 @@ def _outside(belongs: Part) -> Part:
     return lambda name: not name.startswith("control.") and belongs(name)
 
 
+def _controlled(config: ControlledLatentConfig) -> nn.Module:
+    return ControlledLatent(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+_BRANCH: dict[str, Part] = {"control": re.compile(r"^control\.").match}
+for _name, _config, _build in (("glide", ControlledGlideConfig, ControlledGlide), ("latent", ControlledLatentConfig, _controlled)):
+    family(f"controlled-{_name}", _config, _build, {part: _outside(belongs) for part, belongs in PARTS[_name].items()} | _BRANCH)
+
 _AUTOENCODER_PARTS = {"encoder": r"^vae\.(encoder|quant_conv)\.", "decoder": r"^vae\.(decoder|post_quant_conv)\.", "heads": r"^heads\.",
                       "attention": r"\.attentions\.", "norms": r"\.(norm\d?|group_norm|conv_norm_out)\."}
 
-
-def _register_autoencoder() -> None:
-    "Likewise."
-    if "autoencoder" not in FAMILIES:
-        from difflit.autoencoder import AutoencoderConfig, TrainableAutoencoder
-
-        family("autoencoder", AutoencoderConfig, TrainableAutoencoder, {name: re.compile(pattern).search for name, pattern in _AUTOENCODER_PARTS.items()})
+family("autoencoder", AutoencoderConfig, TrainableAutoencoder, {name: re.compile(pattern).search for name, pattern in _AUTOENCODER_PARTS.items()})
 
 # %% ../nbs/35_models.ipynb #709010ab
 def _family_of(model: nn.Module) -> str:
     "The family's name. Raises `ValueError` if none is registered for the model's config."
     config: Any = getattr(model, "config", None)
-    late = {"difflit.latent": "latent", "difflit.controlnet": "latent", "difflit.autoencoder": "autoencoder"}
-    _register_late(late.get(type(config).__module__, ""))
     for fits in (lambda kind: type(config) is kind, lambda kind: isinstance(config, kind)):  # the config of a branch is also one of its base
         for name, (kind, _) in FAMILIES.items():
             if fits(kind):
@@ -166,7 +154,6 @@ def build_model(
 ) -> nn.Module:  # with random weights
     "The network that a description describes. Raises `SettingsError` on an unknown family."
     name = str(card.get("family"))
-    _register_late(name)
     if name not in FAMILIES:
         raise SettingsError(f"there is no family of models {name!r}{nearest(name, FAMILIES)}")
     config, build = FAMILIES[name]

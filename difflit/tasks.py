@@ -18,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .autoencoder import Confusion, check_classes, gaussian_kl, head_loss, hit_rate, mean_iou
 from .config import SettingsError, nearest
 from .diffusion import Diffusion, hybrid_loss, loss_by_bin, loss_weight, mse, split_variance
+from .latent import latents_of
 from .losses import LossTerm, Terms, add_terms
 from .perception import contrastive_loss, same_rows
 from .randomness import integers, normal, uniform
@@ -410,8 +412,6 @@ class LatentDiffusion(TextToImage):
                 raise ValueError(f"this batch has no moments and the task no encoder to make them; it has {', '.join(map(str, batch))}")
             with torch.no_grad():
                 batch = {**batch, "moments": self.encode(batch["image"])}
-        from difflit.latent import latents_of  # brings diffusers, which no other task needs
-
         moments, noise = batch["moments"], None
         if moments.device.type == "cpu":  # elsewhere looking would wait for the device; there a loss that is not finite stops the run
             check_moments(batch)
@@ -544,8 +544,6 @@ def column_of(
 
 def _coded(task: Autoencoding, out: Mapping[str, Tensor], batch: Mapping[str, Any], config: Any, training: bool = True) -> TaskLoss:
     "The parts of the loss, and their sum."
-    from difflit.autoencoder import check_classes, gaussian_kl, head_loss  # brings diffusers, which few tasks need
-
     image, made = batch["image"].float(), out["image"].float()
     rgb, pixels = RGB_LOSSES[task.rgb](made, image), image[0].numel()
     loss, parts = rgb, {"loss_rgb": rgb.detach()}
@@ -569,8 +567,6 @@ def _coded(task: Autoencoding, out: Mapping[str, Tensor], batch: Mapping[str, An
 @torch.no_grad()
 def _coding_numbers(task: Autoencoding, model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     "Means over all samples, and the heads' metrics over all counts."
-    from difflit.autoencoder import Confusion, hit_rate, mean_iou
-
     config, told = _coder_config(model), dict[str, list[Tensor]]()
     counts = {name: Confusion(head["classes"]) for name, head in config.heads.items() if name in task.heads}
     for batch in batches:
