@@ -49,7 +49,8 @@ TOY = ["run_dir = None\nresume = None\nseconds = 0\nwrong = False",
        "run.update(over=time.time(), prefix=sys.prefix, job=os.environ['DIFFLIT_JOB'])\nfinish(run)"]
 MICRO_CELLS = [
     "run_dir: str = None\nresume: str = None\n" + "".join(f"{name}: {type(value).__name__} = {value!r}\n" for name, value in MICRO.items()) + "pause = 0",
-    "import test_survival\nfrom difflit.recipes import prepare, train_job\nfrom difflit.runs import finish, open_notebook_run\n"
+    "import difflit.runs, test_survival\nfrom difflit.recipes import prepare, train_job\nfrom difflit.runs import finish, open_notebook_run\n"
+    "difflit.runs.HEARTBEAT_SECONDS = 0.5  # the steps are read from the status, and all of them take a few seconds\n"
     "test_survival.register()\nwait, In = pause, [text.replace('pause', '# pause') for text in In]\nrun = open_notebook_run(In)\njob = prepare(run)",
     "test_survival.PLAN.update({step: 'pause' for step in range(2, int(wait) + 2)})\ntrain_job(job, show=False)", "finish(run)"]
 
