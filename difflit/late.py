@@ -20,13 +20,14 @@ class _Late:
         name: str,  # what it is called there
     ):
         self.__module__, self.__name__, self.__qualname__ = module, name, name
+        self._found: Any = None
 
     def _real(self) -> Any:
-        if self.__module__ not in sys.modules:
+        if self._found is None:
             import torch
             with torch.device("cpu"), torch.inference_mode(False):
-                import_module(self.__module__)
-        return getattr(sys.modules[self.__module__], self.__name__)
+                self._found = getattr(import_module(self.__module__), self.__name__)  # waits for another thread that is importing it
+        return self._found
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._real()(*args, **kwargs)
